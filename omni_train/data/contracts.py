@@ -1,0 +1,167 @@
+"""The values that cross folder boundaries of the data layer.
+
+    tar shards ──index──▶ SampleFacts ──planner──▶ PackPlan ──reader──▶ Sample ──encode──▶ Document ──collate──▶ Pack
+
+Names: a *sample* is what lies in a shard (``KEY.json`` and its media members), a *document* is an encoded sample (or a
+token range of a long text), a *pack* is one training sequence of whole documents. Everything before ``Sample`` is
+metadata only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+MODALITIES = ("text", "audio", "image", "video", "video_audio")
+"""The five sources of the S2 mixture. A document's modality is the richest media that it holds."""
+
+
+@dataclass(slots=True)
+class MediaFacts:
+    """What the planner must know of one media member to count its tokens without opening it.
+
+    ``kind`` is audio | image | video. Audio: ``num_samples`` at ``sample_rate_hz`` (as stored). Image: ``width`` and
+    ``height`` in pixels. Video: width, height, ``num_frames``, ``fps``; ``has_audio`` with num_samples of its sound track.
+    """
+
+    member: str
+    kind: str
+    width: int = 0
+    height: int = 0
+    num_frames: int = 0
+    fps: float = 0.0
+    num_samples: int = 0
+    sample_rate_hz: int = 0
+    has_audio: bool = False
+
+
+@dataclass(slots=True)
+class SampleFacts:
+    """One line of a shard's index.
+
+    ``offset`` and ``size`` are the byte range of the whole sample in the tar file (its headers included, a multiple of
+    512). ``num_text_tokens`` counts every token of the rendered sample that is not a media placeholder; ``media`` lists
+    its media members in the order in which they appear in the text.
+    """
+
+    key: str
+    offset: int
+    size: int
+    num_text_tokens: int
+    media: list[MediaFacts] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample read from a shard, undecoded. ``members`` maps an extension ("json", "a.flac") to raw bytes.
+
+    ``content`` is the parsed ``KEY.json`` (see data/README.md): ``messages`` or ``text``, optional ``task, lang, speaker, license``.
+    """
+
+    source: str
+    shard: str
+    key: str
+    content: dict[str, Any]
+    members: dict[str, bytes]
+
+    @property
+    def id(self) -> str:
+        return f"{self.source}/{self.shard}/{self.key}"
+
+
+@dataclass(slots=True)
+class DocumentPlan:
+    """Which document to read: sample number ``index`` of shard number ``shard`` of ``source``.
+
+    ``start`` and ``stop`` cut a token range out of a text longer than the context (0 and num_tokens otherwise);
+    ``num_tokens`` is exactly what the encoder will return.
+    """
+
+    source: str
+    shard: int
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class PackPlan:
+    """The documents of one pack: the pack of ``lane`` number ``slot`` at global ``step``."""
+
+    step: int
+    lane: int
+    slot: int
+    documents: list[DocumentPlan]
+
+
+@dataclass(slots=True)
+class Document:
+    """An encoded sample of L tokens.
+
+    ``input_ids`` int64 [L]; ``labels`` int64 [L], unshifted (labels[i] is input_ids[i] or −100); ``position_ids`` int64
+    [3, L] (temporal, height, width of TM-RoPE, from 0); ``mels`` one float32 [128, frames] a clip, in order of placeholders;
+    ``patches`` one float32 [t*h*w, patch_dim] a picture or video with its ``grids`` (t, h, w) in patches. Audio windows in seconds
+    (1–8) for the audio encoder's attention may be set per document.
+    """
+
+    sample_id: str
+    modality: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    mels: list[np.ndarray] = field(default_factory=list)
+    image_patches: list[np.ndarray] = field(default_factory=list)
+    image_grids: list[tuple[int, int, int]] = field(default_factory=list)
+    video_patches: list[np.ndarray] = field(default_factory=list)
+    video_grids: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(slots=True)
+class Pack:
+    """One training sequence of T tokens holding D whole documents, as tensors.
+
+    ``input_ids`` [T]; ``shift_labels`` [T]: the label *of the next token* of the same document, −100 at its last position
+    and where no loss is wanted; ``position_ids`` [4, T]: row 0 counts from 0 in each document, rows 1–3 are TM-RoPE;
+    ``cu_seqlens`` int32 [D+1]; ``doc_modality`` int64 [D], index into MODALITIES. Media of all documents in order of
+    their placeholders: ``mel`` float32 [128, F] concatenated over clips with ``mel_lengths`` int64 [clips];
+    ``audio_window_sec`` int64 [clips]; ``pixel_values`` [patches, patch_dim] with ``image_grid_thw`` int64 [n, 3] and
+    the same for video. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids`` names its documents.
+    """
+
+    input_ids: torch.Tensor
+    shift_labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    doc_modality: torch.Tensor
+    mel: torch.Tensor
+    mel_lengths: torch.Tensor
+    audio_window_sec: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    pixel_values_videos: torch.Tensor
+    video_grid_thw: torch.Tensor
+    sample_ids: list[str]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.numel())
+
+    def to(self, device: torch.device | str) -> Pack:
+        """The same pack with its tensors on ``device``."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in ((name, getattr(self, name)) for name in self.__slots__)
+        }
+        return Pack(**moved)
