@@ -1,0 +1,376 @@
+"""What a run is: typed schema in Python, values in ``conf/*.yaml`` composed by Hydra.
+
+    omni-train train s2_general model=tiny engine=cpu2 stage.total_tokens=1e6
+
+``load(stage, overrides)`` returns a plain ``RunConfig``; after it no ``DictConfig`` is left. Every error a user can cause
+is a ``ConfigError`` naming the key, the rule and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+COMPONENTS = (
+    "llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter",
+    "talker", "mtp", "code2wav", "codec_encoder", "aut_decoder", "vision_decoder",
+)  # fmt: skip
+"""Names of the parameter groups, used in configuration, logs and errors."""
+
+
+class ConfigError(ValueError):
+    """Something in the configuration that a user can mend; the message says what, where and how."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """'; did you mean ...' or the list of valid choices, for an error message."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(choices)}"
+
+
+class Objective(Enum):
+    """What a stage optimises, and with it which modules it builds."""
+
+    next_token = "next_token"  # the Thinker: text positions of packed documents
+    transcription = "transcription"  # AuT: audio encoder + decoder, sequence to sequence
+    captioning = "captioning"  # vision encoder + a throw-away decoder, sequence to sequence
+
+
+class LossOn(Enum):
+    """Which tokens of a conversation carry loss; plain text always carries loss everywhere."""
+
+    assistant = "assistant"
+    all_text = "all_text"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass(kw_only=True, slots=True)
+class TextModelConfig:
+    """The Thinker's decoder; names are those of transformers' Qwen3OmniMoeTextConfig."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    mrope_section: list[int]
+    max_position_embeddings: int
+    rope_theta: float = 1_000_000.0
+    norm_topk_prob: bool = True
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_size <= 0 or self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"model.text.num_experts_per_tok ({self.num_experts_per_tok}) must be at most num_experts ({self.num_experts})"
+            )
+        if sum(self.mrope_section) != self.head_dim // 2:
+            raise ConfigError(
+                f"model.text.mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2} "
+                "(temporal, height and width angles; transformers does not check it)"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"model.text.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class AudioModelConfig:
+    """The AuT encoder; names are those of Qwen3OmniMoeAudioEncoderConfig. n_window stays 50: others are broken upstream."""
+
+    d_model: int
+    encoder_layers: int
+    encoder_attention_heads: int
+    encoder_ffn_dim: int
+    downsample_hidden_size: int
+    num_mel_bins: int = 128
+    max_source_positions: int = 1500
+    n_window_infer: int = 800
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.encoder_attention_heads:
+            raise ConfigError(
+                f"model.audio.d_model ({self.d_model}) must be a multiple of encoder_attention_heads "
+                f"({self.encoder_attention_heads})"
+            )
+        if self.n_window_infer % 100:
+            raise ConfigError(f"model.audio.n_window_infer ({self.n_window_infer} mel frames) must be a multiple of 100 (1 s)")
+
+
+@dataclass(kw_only=True, slots=True)
+class VisionModelConfig:
+    """The vision encoder; names are those of Qwen3OmniMoeVisionEncoderConfig. Pixels: limits of the resize."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: list[int]
+    patch_size: int = 16
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    min_pixels: int = 3136
+    max_pixels: int = 12845056
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
+            raise ConfigError(
+                f"model.vision.hidden_size ({self.hidden_size}) / num_heads ({self.num_heads}) must be a multiple of 4 (2-D RoPE)"
+            )
+        outside = [index for index in self.deepstack_visual_indexes if not 0 <= index < self.depth]
+        if outside:
+            raise ConfigError(f"model.vision.deepstack_visual_indexes {outside} are not layers of a depth of {self.depth}")
+        if round(self.num_position_embeddings**0.5) ** 2 != self.num_position_embeddings:
+            raise ConfigError(f"model.vision.num_position_embeddings ({self.num_position_embeddings}) must be a square number")
+
+
+@dataclass(kw_only=True, slots=True)
+class DecoderModelConfig:
+    """The attention decoder that AuT and the captioner train with; its width is its encoder's output width."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A preset's sizes. ``extra`` holds parts that no stage trains yet (Talker, MTP, Code2Wav), by upstream's names."""
+
+    name: str
+    text: TextModelConfig
+    audio: AudioModelConfig
+    vision: VisionModelConfig
+    decoder: DecoderModelConfig
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        levels, layers = len(self.vision.deepstack_visual_indexes), self.text.num_hidden_layers
+        if levels > layers:
+            raise ConfigError(f"model.vision.deepstack_visual_indexes has {levels} levels, more than the LLM's {layers} layers")
+
+
+@dataclass(kw_only=True, slots=True)
+class ComponentConfig:
+    """How one component trains in a stage."""
+
+    lr: float
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"stage.components.*.lr ({self.lr}) must be positive; to freeze a component leave it out")
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """What a stage trains, with which objective, for how long. What is not in ``components`` is frozen."""
+
+    name: str
+    objective: Objective
+    components: dict[str, ComponentConfig]
+    context: int  # tokens a pack
+    total_tokens: float  # budget of this stage
+    loss_on: LossOn = LossOn.assistant
+    router_aux_coef: float = 0.001
+    schedule: Schedule = Schedule.cosine
+    warmup_tokens: float = 0.0
+    min_lr_ratio: float = 0.1
+    grad_clip: float = 1.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
+    yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
+
+    def __post_init__(self) -> None:
+        if not self.components:
+            raise ConfigError("stage.components is empty: a stage must train something")
+        for name in self.components:
+            if name not in COMPONENTS:
+                raise ConfigError(f"stage.components: no component is called '{name}'; {nearest(name, COMPONENTS)}")
+        if not (len(self.audio_window_sec) == 2 and 1 <= self.audio_window_sec[0] <= self.audio_window_sec[1] <= 8):
+            raise ConfigError(f"stage.audio_window_sec {self.audio_window_sec} must be [least, most] within 1 and 8 seconds")
+        if self.total_tokens <= 0 or self.context <= 0:
+            raise ConfigError(f"stage.total_tokens ({self.total_tokens}) and stage.context ({self.context}) must be positive")
+        if self.yarn_factor < 1:
+            raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One source of a mixture: shard globs or brace patterns (relative to data.root), its weight in tokens."""
+
+    shards: list[str]
+    weight: float
+    max_epochs: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the data lies and how a step is cut. lanes × packs_per_lane packs make one step, whatever the number of ranks."""
+
+    root: str
+    tokenizer: str  # a transformers folder
+    lanes: int
+    packs_per_lane: int = 1
+    seed: int = 0
+    num_workers: int = 0
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1 or self.packs_per_lane < 1:
+            raise ConfigError("data.lanes and data.packs_per_lane must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How a step is computed. num_processes is per node and counts for local starts only; torchrun's environment wins."""
+
+    device: str = "cpu"  # cpu | cuda
+    num_processes: int = 1
+    expert_parallel: int = 1
+    zero_stage: int = 1
+    precision: Precision = Precision.fp32
+    recompute: bool = False
+    threads: int = 1  # CPU threads a process
+    timeout_sec: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"engine.device '{self.device}' is unknown; {nearest(self.device, ['cpu', 'cuda'])}")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"engine.zero_stage ({self.zero_stage}) must be 0, 1, 2 or 3")
+        if self.expert_parallel < 1:
+            raise ConfigError(f"engine.expert_parallel ({self.expert_parallel}) must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One stage of one run."""
+
+    stage: StageConfig
+    model: ModelConfig
+    mixture: dict[str, SourceConfig]
+    data: DataConfig
+    engine: EngineConfig
+    run_dir: str
+    validation: dict[str, list[str]] = field(default_factory=dict)  # modality-named sources for the held-out loss
+    init: dict[str, str] = field(default_factory=dict)  # component → local transformers folder ("all" for every one)
+    seed: int = 0
+    save_every_steps: int = 200
+    keep_checkpoints: int = 2
+    eval_every_steps: int = 0  # 0: at the end of the stage only
+    eval_tokens: int = 20_000  # per validation source
+    wandb_project: str = "omni-train"
+    wandb_mode: str = "offline"  # online | offline | disabled
+
+    def __post_init__(self) -> None:
+        experts, ep = self.model.text.num_experts, self.engine.expert_parallel
+        if experts % ep:
+            divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+            best = min(divisors, key=lambda n: abs(n - ep))
+            raise ConfigError(f"engine.expert_parallel ({ep}) must divide model.text.num_experts ({experts}); try {best}")
+        if self.engine.num_processes % ep and self.engine.num_processes > 1:
+            raise ConfigError(f"engine.expert_parallel ({ep}) must divide the number of processes ({self.engine.num_processes})")
+        if self.data.lanes < self.engine.num_processes:
+            raise ConfigError(
+                f"data.lanes ({self.data.lanes}) must be at least the number of ranks ({self.engine.num_processes}); "
+                f"try data.lanes={self.engine.num_processes}"
+            )
+        for name in self.init:
+            if name != "all" and name not in COMPONENTS:
+                raise ConfigError(f"init: no component is called '{name}'; {nearest(name, (*COMPONENTS, 'all'))}")
+
+
+def available(group: str = "") -> list[str]:
+    """Names of the YAML files of a config group ('' for the stages)."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def load(stage: str, overrides: list[str]) -> RunConfig:
+    """The validated configuration of a stage with Hydra overrides applied."""
+    if stage not in available():
+        raise ConfigError(f"no stage is called '{stage}'; {nearest(stage, available())}")
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = compose(stage, overrides)
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """One readable message for what Hydra and OmegaConf report, with the nearest valid choice."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, name = match.groups()
+        return f"no {group} preset is called '{name}'; {nearest(name, available(group))}"
+    if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'|Key '([^']+)' not in", text):
+        key, owner = match.group(1) or match.group(3), match.group(2) or ""
+        return f"unknown key '{key}'{f' in {owner}' if owner else ''}; {nearest(key, _keys(owner))}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        return f"unknown key '{key}'; {nearest(key.split('.')[-1], _keys(''))}"
+    return text.strip().replace("\n", " ")
+
+
+def _keys(owner: str) -> list[str]:
+    """Field names of the dataclass called ``owner``, or of all of them."""
+    classes = [c for c in globals().values() if isinstance(c, type) and hasattr(c, "__dataclass_fields__")]
+    chosen = [c for c in classes if c.__name__ == owner] or classes
+    return sorted({name for c in chosen for name in c.__dataclass_fields__})
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON-able values (enums by name)."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(asdict(config))
