@@ -1,0 +1,198 @@
+"""transformers configurations and modules of a preset, initialised for training from scratch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.moonshine.configuration_moonshine import MoonshineConfig
+from transformers.models.moonshine.modeling_moonshine import MoonshineDecoder
+from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
+    Qwen3OmniMoeAudioEncoderConfig,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3OmniMoeVisionEncoderConfig,
+)
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoeAudioEncoder,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+    Qwen3OmniMoeVisionEncoder,
+)
+
+from omni_train.config import ConfigError, ModelConfig
+from omni_train.models.attention import VARLEN
+
+# Token names → fields of the Thinker's configuration.
+TOKEN_FIELDS = {
+    "audio_token_id": "<|audio_pad|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "audio_start_token_id": "<|audio_start|>",
+    "audio_end_token_id": "<|audio_end|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+
+
+def rope_parameters(model: ModelConfig, yarn_factor: float) -> dict[str, Any]:
+    """RoPE settings of the LLM; YaRN (Peng et al. 2023) extends max_position_embeddings by ``yarn_factor``."""
+    text = model.text
+    shared = {"rope_theta": text.rope_theta, "mrope_section": list(text.mrope_section)}
+    if yarn_factor == 1.0:
+        return {"rope_type": "default", **shared}
+    # NOTE: without original_max_position_embeddings transformers takes the *current* maximum for the original one.
+    original = text.max_position_embeddings
+    return {"rope_type": "yarn", "factor": yarn_factor, "original_max_position_embeddings": original, **shared}
+
+
+def thinker_config(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, yarn_factor: float = 1.0
+) -> Qwen3OmniMoeThinkerConfig:
+    """The Thinker's transformers configuration; token ids from ``tokenizer``, or upstream's defaults without one."""
+    text, audio, vision = model.text, model.audio, model.vision
+    text_config = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.moe_intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "moe_intermediate_size": text.moe_intermediate_size,
+        "num_experts": text.num_experts,
+        "num_experts_per_tok": text.num_experts_per_tok,
+        "norm_topk_prob": text.norm_topk_prob,
+        "rms_norm_eps": text.rms_norm_eps,
+        "max_position_embeddings": int(text.max_position_embeddings * yarn_factor),
+        "rope_parameters": rope_parameters(model, yarn_factor),
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    return Qwen3OmniMoeThinkerConfig(
+        text_config=text_config,
+        audio_config=audio_config(model).to_dict(),
+        vision_config=vision_config(model).to_dict(),
+        position_id_per_seconds=13,
+        tie_word_embeddings=text.tie_word_embeddings,
+        **token_ids(tokenizer, text.vocab_size),
+    )
+
+
+def audio_config(model: ModelConfig) -> Qwen3OmniMoeAudioEncoderConfig:
+    """The AuT encoder's transformers configuration."""
+    audio = model.audio
+    return Qwen3OmniMoeAudioEncoderConfig(
+        num_mel_bins=audio.num_mel_bins,
+        d_model=audio.d_model,
+        encoder_layers=audio.encoder_layers,
+        encoder_attention_heads=audio.encoder_attention_heads,
+        encoder_ffn_dim=audio.encoder_ffn_dim,
+        downsample_hidden_size=audio.downsample_hidden_size,
+        max_source_positions=audio.max_source_positions,
+        n_window=50,
+        n_window_infer=audio.n_window_infer,
+        output_dim=model.text.hidden_size,
+    )
+
+
+def vision_config(model: ModelConfig) -> Qwen3OmniMoeVisionEncoderConfig:
+    """The vision encoder's transformers configuration."""
+    vision = model.vision
+    return Qwen3OmniMoeVisionEncoderConfig(
+        depth=vision.depth,
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_heads=vision.num_heads,
+        patch_size=vision.patch_size,
+        spatial_merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        num_position_embeddings=vision.num_position_embeddings,
+        deepstack_visual_indexes=list(vision.deepstack_visual_indexes),
+        out_hidden_size=model.text.hidden_size,
+    )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> dict[str, int]:
+    """The Thinker configuration's token ids, looked up by name. Raises ConfigError where the tokenizer does not fit."""
+    if tokenizer is None:
+        return {"vision_start_token_id": 151652, "audio_token_id": 151675}
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.text.vocab_size ({vocab_size}) is smaller than the tokenizer ({len(tokenizer)} tokens); "
+            f"try model.text.vocab_size={math.ceil(len(tokenizer) / 64) * 64}"
+        )
+    ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in TOKEN_FIELDS.items()}
+    missing = [TOKEN_FIELDS[field] for field, number in ids.items() if number is None]
+    if missing:
+        raise ConfigError(f"the tokenizer lacks the special tokens {missing}; use a Qwen3-Omni tokenizer folder")
+    return {**ids, "user_token_id": tokenizer.encode("user")[0]}
+
+
+def build_thinker(config: Qwen3OmniMoeThinkerConfig, *, seed: int, device: str = "cpu") -> nn.Module:
+    """A Qwen3OmniMoeThinkerForConditionalGeneration in fp32, initialised from ``seed`` (nothing on device="meta")."""
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        thinker = Qwen3OmniMoeThinkerForConditionalGeneration(config)
+        if device != "meta":
+            fan_in_init(thinker.model.audio_tower)
+            fan_in_init(thinker.model.visual)
+            nn.init.normal_(thinker.model.language_model.embed_tokens.weight, std=0.02)
+    use_varlen(thinker.config.text_config, thinker.config.audio_config, thinker.config.vision_config)
+    return thinker
+
+
+def build_encoder(model: ModelConfig, kind: str, *, seed: int) -> nn.Module:
+    """The audio ('audio') or vision ('vision') encoder alone, initialised from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = (
+            Qwen3OmniMoeAudioEncoder(audio_config(model))
+            if kind == "audio"
+            else Qwen3OmniMoeVisionEncoder(vision_config(model))
+        )
+        fan_in_init(encoder)
+    use_varlen(encoder.config)
+    return encoder
+
+
+def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int) -> nn.Module:
+    """The library's attention decoder (rotary, pre-norm, cross-attention) of the encoder's width."""
+    decoder = model.decoder
+    config = MoonshineConfig(
+        vocab_size=model.text.vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=decoder.intermediate_size,
+        decoder_num_hidden_layers=decoder.num_hidden_layers,
+        decoder_num_attention_heads=decoder.num_attention_heads,
+        decoder_num_key_value_heads=decoder.num_attention_heads,
+        max_position_embeddings=4096,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        decoder_start_token_id=None,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MoonshineDecoder(config)
+
+
+def use_varlen(*configs: Any) -> None:
+    """Select our packed attention for modules built from these configurations."""
+    for config in configs:
+        # NOTE: not set_attn_implementation: for a name with "flash" it asks for the flash_attn package.
+        config._attn_implementation_internal = VARLEN
+
+
+@torch.no_grad()
+def fan_in_init(module: nn.Module) -> None:
+    """Weights of linear and convolution layers from N(0, 1 / fan_in), biases zero.
+
+    From scratch this beat transformers' std 0.02 clearly at small width (vision 27 against 14 % after 25 s).
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,132 @@
+"""Sequence-to-sequence pretraining of an encoder: AuT (audio → transcript) and the captioner (picture → caption).
+
+    media ─ encoder ─▶ memory [D, S, E] ─┐
+    prompt and answer tokens [D, L] ─────┴─ decoder with cross-attention ─▶ logits where a label is
+
+The decoder reads the conversation without its media placeholders, so the question is the task and language prefix. Each document of a pack
+is one row: nothing is shared between documents.
+
+Shapes: D documents, L tokens of the longest row, S media tokens of the longest clip, E width, K labelled positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from omni_train.data.contracts import IGNORE_INDEX, Pack
+from omni_train.models.towers import encode_audio, encode_vision
+
+
+def pad_rows(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows of ``lengths`` cut from values [N, ...] → (padded [D, longest, ...], mask bool [D, longest])."""
+    padded = nn.utils.rnn.pad_sequence(list(values.split(lengths)), batch_first=True)
+    mask = torch.arange(padded.shape[1], device=values.device) < torch.tensor(lengths, device=values.device)[:, None]
+    return padded, mask
+
+
+class EncoderDecoder(nn.Module):
+    """An audio or vision encoder (``kind``) with the library's attention decoder and a head tied to its embedding."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, kind: str, media_token_id: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.media_token_id = media_token_id
+        if kind == "audio":
+            self.audio_tower, self.audio_decoder = encoder, decoder
+        else:
+            self.visual, self.vision_decoder = encoder, decoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.audio_decoder if self.kind == "audio" else self.vision_decoder
+
+    def encode(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Encoder output by document: (memory [D, S, E], mask [D, S]). A document without media gets one zero vector."""
+        counts = [int(n) for n in self._per_document(pack, (pack.input_ids == self.media_token_id).long())]
+        if self.kind == "audio":
+            hidden = encode_audio(self.audio_tower, pack.mel, pack.mel_lengths, pack.audio_window_sec)
+        else:
+            hidden = encode_vision(self.visual, pack.pixel_values, pack.image_grid_thw).last_hidden_state
+            counts = [n * self.visual.spatial_merge_unit for n in counts]
+        if sum(counts) != len(hidden):
+            raise ValueError(f"a pack of a {self.kind} stage has {sum(counts)} media tokens for {len(hidden)} encoder outputs")
+        return pad_rows(hidden, counts)
+
+    @staticmethod
+    def _per_document(pack: Pack, values: Tensor) -> list[int]:
+        """Sums of per-token values over each document."""
+        bounds = pack.cu_seqlens.tolist()
+        return [int(values[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """Decoder states [D, L, E] of token ids [D, L], right-padded."""
+        return self.decoder(
+            input_ids=ids, encoder_hidden_states=memory, encoder_attention_mask=memory_mask, use_cache=False
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of decoder states."""
+        return hidden @ self.decoder.embed_tokens.weight.T
+
+    def forward(self, pack: Pack) -> dict[str, Tensor]:
+        """``logits`` [K, V], ``labels`` [K], ``modality`` [K] (of the position's document). A pack without samples gives none."""
+        if not pack.sample_ids:
+            pack = self._dummy(pack)
+        memory, memory_mask = self.encode(pack)
+        is_text = pack.input_ids != self.media_token_id
+        lengths = self._per_document(pack, is_text.long())
+        ids, _ = pad_rows(pack.input_ids[is_text], lengths)
+        labels, is_token = pad_rows(pack.shift_labels[is_text], lengths)
+        has_label = (labels != IGNORE_INDEX) & is_token
+        hidden = self.decode(ids, memory, memory_mask)
+        logits = self.head(hidden[has_label])
+        rows = torch.arange(len(lengths), device=ids.device)[:, None].expand_as(labels)
+        return {
+            "logits": logits if len(logits) else logits + 0.0 * self.head(hidden[:1, 0]).sum(),
+            "labels": labels[has_label],
+            "modality": pack.doc_modality[rows[has_label]],
+        }
+
+    def _dummy(self, pack: Pack) -> Pack:
+        """A pack of one document with minimal media and no label, so that every rank's graph holds every parameter."""
+        device = pack.input_ids.device
+        count = 1
+        values = {name: getattr(pack, name) for name in pack.__slots__}
+        if self.kind == "audio":
+            values["mel"] = torch.zeros(self.audio_tower.num_mel_bins, 8, device=device)
+            values["mel_lengths"] = torch.tensor([8], device=device)
+            values["audio_window_sec"] = torch.tensor([1], device=device)
+        else:
+            merge = self.visual.spatial_merge_size
+            values["image_grid_thw"] = torch.tensor([[1, merge, merge]], device=device)
+            values["pixel_values"] = torch.zeros(merge * merge, self.visual.patch_embed.proj.weight[0].numel(), device=device)
+        ids = torch.full((count + 2,), self.media_token_id, device=device)
+        ids[count:] = 0
+        values["input_ids"] = ids
+        values["shift_labels"] = torch.full_like(ids, IGNORE_INDEX)
+        values["cu_seqlens"] = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
+        values["doc_modality"] = torch.zeros(1, dtype=torch.long, device=device)
+        return Pack(**values)
+
+    @torch.no_grad()
+    def transcribe(self, pack: Pack, prompts: list[Tensor], stop_id: int, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers, one a document: token ids without the stop token. ``prompts`` are each document's text tokens [n]."""
+        memory, memory_mask = self.encode(pack)
+        rows = [prompt.tolist() for prompt in prompts]
+        answers: list[list[int]] = [[] for _ in rows]
+        is_open = [True] * len(rows)
+        for _ in range(max_new_tokens):
+            lengths = [len(row) for row in rows]
+            ids, _ = pad_rows(torch.tensor(sum(rows, []), device=memory.device), lengths)
+            hidden = self.decode(ids, memory, memory_mask)
+            last = hidden[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+            for n, token in enumerate(self.head(last).argmax(-1).tolist()):
+                if is_open[n] and token == stop_id:
+                    is_open[n] = False
+                if is_open[n]:
+                    answers[n].append(token)
+                    rows[n].append(token)
+            if not any(is_open):
+                break
+        return answers

@@ -1,0 +1,132 @@
+"""The Thinker as three steps: encode media → merge into the token embeddings → language model.
+
+    MediaTowers(pack) → MediaEmbeds ─┐
+                                     ├→ LanguageModel(pack, media) → logits where a label is
+    token embeddings ────────────────┘
+
+Composed, not one call, so that a stage can hold the towers in a trained engine and the LLM in a frozen one.
+
+Shapes: T tokens of the pack, K of them with a label, H hidden, V vocabulary, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from omni_train.data.contracts import IGNORE_INDEX, Pack
+from omni_train.models.attention import Segments
+from omni_train.models.moe import RouterTap, router_sums
+from omni_train.models.towers import MediaEmbeds, MediaTowers
+
+
+class LanguageModel(nn.Module):
+    """The Thinker's decoder with its head. Parameter names: ``model.*`` and ``lm_head.*``."""
+
+    def __init__(self, decoder: nn.Module, lm_head: nn.Module, token_ids: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.model = decoder
+        self.lm_head = lm_head
+        self.config = decoder.config  # AutoEP reads the number of experts here
+        self.audio_token_id, self.image_token_id, self.video_token_id = token_ids
+
+    def merge(self, input_ids: Tensor, media: MediaEmbeds | None) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
+        """(embeddings [T, H], mask of visual positions [T], DeepStack features in order of those positions).
+
+        Raises ValueError when placeholders and features differ in number (stock ignores this for audio).
+        """
+        embeds = self.model.embed_tokens(input_ids)
+        if media is None:
+            return embeds, None, None
+        is_audio = input_ids == self.audio_token_id
+        is_image, is_video = input_ids == self.image_token_id, input_ids == self.video_token_id
+        is_visual = is_image | is_video
+        if int(is_audio.sum()) != len(media.audio) or int(is_visual.sum()) != len(media.visual):
+            raise ValueError(
+                f"a pack has {int(is_audio.sum())} audio and {int(is_visual.sum())} visual placeholders "
+                f"for {len(media.audio)} and {len(media.visual)} features"
+            )
+        # Pictures come before videos among the features; put them in order of their positions.
+        rank = torch.where(is_image, is_image.cumsum(0) - 1, is_image.sum() + is_video.cumsum(0) - 1)
+        order = rank[is_visual]
+        embeds = embeds.masked_scatter(is_audio[:, None], media.audio.to(embeds.dtype))
+        embeds = embeds.masked_scatter(is_visual[:, None], media.visual[order].to(embeds.dtype))
+        embeds = embeds + media.anchor.to(embeds.dtype)
+        return embeds, is_visual, [level[order] for level in media.deepstack]
+
+    def forward(self, pack: Pack, media: MediaEmbeds | None = None) -> dict[str, Tensor]:
+        """Logits at the labelled positions and the router's sums.
+
+        Returns ``logits`` [K, V], ``labels`` [K], ``modality`` [K] (of the position's document), ``router_probabilities``
+        [L, E] (with gradient) and ``router_counts`` [L, E]; both zero for a pack without samples.
+        """
+        embeds, is_visual, deepstack = self.merge(pack.input_ids, media)
+        lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).tolist()
+        with RouterTap(self.model.layers) as tap:
+            hidden = self.model(
+                inputs_embeds=embeds[None],
+                position_ids=pack.position_ids[:, None],
+                attention_mask=None,
+                use_cache=False,
+                visual_pos_masks=None if is_visual is None else is_visual[None],
+                deepstack_visual_embeds=deepstack,
+                varlen=Segments.of(lengths, embeds.device),
+            ).last_hidden_state[0]
+        probabilities, counts = router_sums(tap.logits, self.config.num_experts_per_tok)
+        is_real = float(len(pack.sample_ids) > 0)
+        has_label = pack.shift_labels != IGNORE_INDEX
+        logits = self.lm_head(hidden[has_label])
+        document = torch.repeat_interleave(
+            torch.arange(len(lengths), device=embeds.device), torch.tensor(lengths, device=embeds.device)
+        )
+        return {
+            "logits": logits if len(logits) else logits + 0.0 * self.lm_head(hidden[:1]).sum(),
+            "labels": pack.shift_labels[has_label],
+            "modality": pack.doc_modality[document[has_label]],
+            "router_probabilities": probabilities * is_real,
+            "router_counts": counts * is_real,
+        }
+
+    def step(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cache: Cache,
+        is_visual: Tensor | None = None,
+        deepstack: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Next-token logits [B, V] of a padded batch: embeds [B, n, H], position_ids [4, B, n], mask bool [B, 1, n, past + n]."""
+        hidden = self.model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            visual_pos_masks=is_visual,
+            deepstack_visual_embeds=deepstack,
+        ).last_hidden_state
+        return self.lm_head(hidden[:, -1])
+
+
+class Thinker(nn.Module):
+    """Towers and language model in one module, for stages that train them together."""
+
+    def __init__(self, towers: MediaTowers, llm: LanguageModel) -> None:
+        super().__init__()
+        self.towers = towers
+        self.llm = llm
+        self.config = llm.config
+
+    def forward(self, pack: Pack) -> dict[str, Tensor]:
+        """See LanguageModel.forward."""
+        return self.llm(pack, self.towers(pack))
+
+
+def compose(thinker: nn.Module) -> Thinker:
+    """Our modules around the parameters of a transformers Thinker (shared, not copied)."""
+    config = thinker.config
+    towers = MediaTowers(thinker.model.audio_tower, thinker.model.visual)
+    ids = (config.audio_token_id, config.image_token_id, config.video_token_id)
+    return Thinker(towers, LanguageModel(thinker.model.language_model, thinker.lm_head, ids))
