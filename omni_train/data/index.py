@@ -1,0 +1,260 @@
+"""The sidecar ``<shard>.idx``: what the planner must know of a shard without opening it.
+
+    shard ──build_index(describe)──▶ ShardIndex ──save_index──▶ <shard>.idx ──load_index──▶ ShardIndex
+
+JSON lines: a header, then one line a sample in the order of the shard. Written in one atomic step after a strict pass
+over the whole shard, so an index that exists vouches for a shard without damage.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omni_train.data.contracts import MediaFacts, SampleFacts
+from omni_train.data.shard import DataError, SampleScan, is_url, shard_size
+
+INDEX_VERSION = 1
+INDEX_FORMAT = "omni-train shard index"
+
+Describe = Callable[[str, dict[str, bytes]], tuple[int, list[MediaFacts]]]
+"""(key, members) → (number of text tokens, facts of its media). ValueError on a bad sample; picklable for jobs > 1."""
+
+
+@dataclass(slots=True)
+class ShardIndex:
+    """The index of one shard.
+
+    ``shard_bytes`` and ``crc32`` are of the whole file when it was indexed; ``fingerprint`` names the tokenizer (and
+    whatever else the token counts hang on).
+    """
+
+    samples: list[SampleFacts]
+    shard_bytes: int
+    crc32: int
+    fingerprint: str
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+
+def index_path(shard: str | Path) -> str:
+    """Where the index of a shard lies: its own path with ``.idx`` added."""
+    return f"{shard}.idx"
+
+
+def build_index(shard: str | Path, describe: Describe, fingerprint: str) -> ShardIndex:
+    """The index of a shard, from one strict pass. DataError on damage and where ``describe`` raises ValueError."""
+    scan, samples = SampleScan(shard), []
+    for sample in scan:
+        try:
+            num_text_tokens, media = describe(sample.key, sample.members)
+        except ValueError as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DataError.at(
+                shard, sample.offset, what, key=sample.key, fix="mend the sample, or remove it from the shard"
+            ) from error
+        samples.append(SampleFacts(sample.key, sample.offset, sample.size, num_text_tokens, media))
+    return ShardIndex(samples, scan.size, scan.crc32, fingerprint)
+
+
+def save_index(shard: str | Path, index: ShardIndex) -> None:
+    """Writes ``<shard>.idx`` in one atomic step."""
+    header = {
+        "format": INDEX_FORMAT,
+        "version": INDEX_VERSION,
+        "shard_bytes": index.shard_bytes,
+        "num_samples": index.num_samples,
+        "crc32": index.crc32,
+        "fingerprint": index.fingerprint,
+    }
+    lines = [json.dumps(header)]
+    for sample in index.samples:
+        media = [_media_row(facts) for facts in sample.media]
+        lines.append(json.dumps([sample.key, sample.offset, sample.size, sample.num_text_tokens, media]))
+    _write_atomically(index_path(shard), ("\n".join(lines) + "\n").encode())
+
+
+def load_index(shard: str | Path, fingerprint: str | None = None) -> ShardIndex:
+    """The index of a shard from its sidecar. ``fingerprint``: the one it must have been made with (None: any).
+
+    Raises DataError, with the command that mends it, when the sidecar is missing, damaged, or of another shard,
+    tokenizer or version.
+    """
+    index = _parse_index(shard, _read_index(shard))
+    size = shard_size(shard)
+    if index.shard_bytes != size:
+        raise _stale(shard, f"is of a shard of {index.shard_bytes:,} bytes, but the shard has {size:,}")
+    if fingerprint is not None and index.fingerprint != fingerprint:
+        raise _stale(shard, f"was made with tokenizer {index.fingerprint!r}, but this run uses {fingerprint!r}")
+    return index
+
+
+def ensure_index(shards: Iterable[str | Path], describe: Describe, fingerprint: str, jobs: int = 1) -> list[ShardIndex]:
+    """The indexes of ``shards``, in order; missing and stale ones are built and saved, by ``jobs`` processes."""
+    shards = list(shards)
+    indexes: dict[int, ShardIndex] = {}
+    for number, shard in enumerate(shards):
+        try:
+            indexes[number] = load_index(shard, fingerprint)
+        except DataError:
+            pass
+    missing = [number for number in range(len(shards)) if number not in indexes]
+    build = partial(_build_and_save, describe=describe, fingerprint=fingerprint)
+    stale = [shards[number] for number in missing]
+    if jobs > 1 and len(missing) > 1:
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context) as pool:
+            built = list(pool.map(build, stale))
+    else:
+        built = list(map(build, stale))
+    indexes.update(zip(missing, built, strict=True))
+    return [indexes[number] for number in range(len(shards))]
+
+
+def check_shard(shard: str | Path) -> ShardIndex:
+    """The shard's index, after a strict pass over the shard that agrees with it. Raises DataError otherwise."""
+    index, scan = load_index(shard), SampleScan(shard)
+    count = 0
+    for count, sample in enumerate(scan, start=1):
+        facts = index.samples[count - 1] if count <= index.num_samples else None
+        if facts is None or (facts.key, facts.offset, facts.size) != (sample.key, sample.offset, sample.size):
+            known = f"{facts.key!r} at {facts.offset:,}" if facts else "no more samples"
+            raise _stale(shard, f"disagrees at byte {sample.offset:,}: the shard has {sample.key!r}, the index {known}")
+    if count != index.num_samples or scan.crc32 != index.crc32:
+        what = f"is of {index.num_samples:,} samples with CRC {index.crc32:08x}"
+        raise _stale(shard, f"{what}, but the shard has {count:,} with CRC {scan.crc32:08x}")
+    return index
+
+
+def expand(patterns: Iterable[str]) -> list[str | Path]:
+    """The shards that ``patterns`` name, sorted, each once: local ones as Paths, URLs as strings.
+
+    Patterns: globs (``*``, ``?``, ``**``) and braces (``x-{000..003}.tar``, ``{a,b}``). Raises ValueError for a
+    pattern, or a member of a brace, that matches no file.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        for plain in _expand_braces(str(pattern)):
+            matches = _matches(plain)
+            if not matches:
+                raise ValueError(_no_match_message(pattern, plain))
+            found.update(matches)
+    return [path if is_url(path) else Path(path) for path in sorted(found)]
+
+
+def _build_and_save(shard: str | Path, describe: Describe, fingerprint: str) -> ShardIndex:
+    index = build_index(shard, describe, fingerprint)
+    save_index(shard, index)
+    return index
+
+
+def _media_row(facts: MediaFacts) -> list[Any]:
+    return [getattr(facts, name) for name in MediaFacts.__slots__]
+
+
+def _stale(shard: str | Path, what: str) -> DataError:
+    folder = str(shard).rpartition("/")[0] or "."
+    message = f"{index_path(shard)}: the index {what}; run `omni-train data index {folder}`"
+    return DataError(message, shard=str(shard))
+
+
+def _read_index(shard: str | Path) -> bytes:
+    path = index_path(shard)
+    try:
+        if is_url(path):
+            import fsspec
+
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise _stale(shard, "is missing") from None
+
+
+def _parse_index(shard: str | Path, data: bytes) -> ShardIndex:
+    try:
+        head, _, body = data.partition(b"\n")
+        header = json.loads(head)
+        if header["format"] != INDEX_FORMAT or header["version"] != INDEX_VERSION:
+            raise ValueError(f"version {header['version']} of {header['format']!r}")
+        rows = json.loads(b"[" + body.rstrip(b"\n").replace(b"\n", b",") + b"]")
+        samples = [
+            SampleFacts(key, offset, size, tokens, [MediaFacts(*media_row) for media_row in media])
+            for key, offset, size, tokens, media in rows
+        ]
+        if len(samples) != header["num_samples"]:
+            raise ValueError(f"{len(samples):,} samples, not the {header['num_samples']:,} of its header")
+        return ShardIndex(samples, header["shard_bytes"], header["crc32"], header["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _stale(shard, f"is damaged or of another version ({error})") from error
+
+
+def _write_atomically(path: str, data: bytes) -> None:
+    if is_url(path):
+        import fsspec
+
+        with fsspec.open(path, "wb") as file:
+            file.write(data)
+        return
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """``a{0..2}b`` and ``a{x,y}b`` written out, nested ones too; numbers keep the width of the first bound."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
+    if bounds:
+        first, last = int(bounds.group(1)), int(bounds.group(2))
+        if last < first:
+            raise ValueError(
+                f"pattern {pattern!r}: the range {match.group(0)} is empty; write the smaller number first"
+            )
+        choices = [str(number).zfill(len(bounds.group(1))) for number in range(first, last + 1)]
+    else:
+        choices = match.group(1).split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [text for choice in choices for text in _expand_braces(head + choice + tail)]
+
+
+def _matches(pattern: str) -> list[str]:
+    if is_url(pattern):
+        import fsspec
+
+        filesystem, inner = fsspec.core.url_to_fs(pattern)
+        if not glob.has_magic(inner):
+            return [pattern] if filesystem.isfile(inner) else []
+        return [filesystem.unstrip_protocol(path) for path in filesystem.glob(inner) if filesystem.isfile(path)]
+    return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+
+
+def _no_match_message(pattern: str, plain: str) -> str:
+    shown = f"shard pattern {str(pattern)!r}" + (f" (its member {plain!r})" if plain != str(pattern) else "")
+    if is_url(plain):
+        return f"{shown} matches no file; check the address"
+    if os.path.isdir(plain):
+        return f"{shown} is a folder; name its shards, for example {os.path.join(plain, '*.tar')!r}"
+    folder = Path(plain).parent
+    while not folder.is_dir():
+        folder = folder.parent
+    return f"{shown} matches no file; the nearest existing folder is {str(folder)!r}"
