@@ -1,0 +1,289 @@
+"""Conversations as text: the content of a sample → pieces of ChatML, each with or without loss, each with at most one
+medium.
+
+    content ──render──▶ [Piece] ──token_pieces──▶ ids and loss, piece by piece, media placeholders not yet expanded
+
+The text of all pieces joined is what Qwen3-Omni's chat template gives for the messages (no default system prompt),
+and the tokens of all pieces joined are the tokens of that text: pieces are cut only where the tokenizer cuts as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from omni_train.data.audio import audio_facts
+from omni_train.data.contracts import MediaFacts
+from omni_train.data.image import image_facts
+from omni_train.data.tokenizer import (
+    AUDIO_END,
+    AUDIO_PAD,
+    AUDIO_START,
+    ENDOFTEXT,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    STRUCTURE_TOKENS,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    load_tokenizer,
+)
+
+ROLES = ("system", "user", "assistant", "tool")
+PART_TYPES = ("text", "image", "audio", "video")
+LOSS_ON = ("assistant", "all_text")
+ASSISTANT_PROMPT = f"{IM_START}assistant\n"
+
+_MEDIA_TEXT = {
+    "audio": AUDIO_START + AUDIO_PAD + AUDIO_END,
+    "image": VISION_START + IMAGE_PAD + VISION_END,
+    "video": VISION_START + VIDEO_PAD + VISION_END,
+}
+_STRUCTURE = re.compile("|".join(re.escape(token) for token in STRUCTURE_TOKENS))
+# White space up to its last line break: what Qwen's pre-tokenisation joins to the line break of "assistant\n".
+_LEADING_BREAKS = re.compile(r"[ \t\n\v\f\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*[\r\n]")
+
+
+@dataclass(slots=True)
+class Piece:
+    """A stretch of the rendered text. ``media`` names the member whose one placeholder the text holds, ``kind`` its
+    type."""
+
+    text: str
+    has_loss: bool
+    media: str | None = None
+    kind: str | None = None
+
+
+def render(content: dict[str, Any], loss_on: str = "assistant", add_generation_prompt: bool = False) -> list[Piece]:
+    """The pieces of a sample's text, in order.
+
+    ``messages`` become ChatML turns; plain ``text`` gets ``<|endoftext|>`` and carries loss everywhere. ``loss_on``
+    "assistant": assistant text and its ``<|im_end|>``; "all_text": everything but media. Line breaks at the start of
+    a reply are joined to the turn's head by the tokenizer and carry no loss of a reply. Raises ValueError for a
+    content that breaks the contract.
+    """
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"loss_on is {loss_on!r}; {_choices(loss_on, LOSS_ON)}")
+    if ("messages" in content) == ("text" in content):
+        raise ValueError(
+            f"content must hold either 'messages' or 'text'; it has {', '.join(sorted(content)) or 'nothing'}"
+        )
+    builder = _Builder(all_text=loss_on == "all_text")
+    if "text" in content:
+        builder.text(_checked_text(content["text"], "'text'") + ENDOFTEXT, has_loss=True)
+        return builder.pieces
+    messages = content["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("'messages' must be a list of at least one message")
+    roles = [_role(message, number) for number, message in enumerate(messages)]
+    for number, (role, message) in enumerate(zip(roles, messages, strict=True)):
+        if role == "tool":
+            is_first = number == 0 or roles[number - 1] != "tool"
+            is_last = number == len(roles) - 1 or roles[number + 1] != "tool"
+            builder.text((f"{IM_START}user" if is_first else "") + "\n<tool_response>\n")
+            builder.parts(_parts(message, number), has_loss=False)
+            builder.text("\n</tool_response>" + (f"{IM_END}\n" if is_last else ""))
+        else:
+            is_reply = role == "assistant"
+            builder.text(f"{IM_START}{role}\n")
+            builder.parts(_parts(message, number), has_loss=is_reply)
+            builder.text(IM_END, has_loss=is_reply)
+            builder.text("\n")
+    if add_generation_prompt:
+        builder.text(ASSISTANT_PROMPT)
+    return builder.pieces
+
+
+class _Builder:
+    """Joins neighbouring stretches of text that agree on loss."""
+
+    def __init__(self, all_text: bool) -> None:
+        self.pieces: list[Piece] = []
+        self._all_text = all_text
+
+    def text(self, text: str, has_loss: bool = False) -> None:
+        has_loss = has_loss or self._all_text
+        if not text:
+            return
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and last.media is None and last.has_loss == has_loss:
+            last.text += text
+        else:
+            self.pieces.append(Piece(text, has_loss))
+
+    def parts(self, parts: Sequence[tuple[str, str]], has_loss: bool) -> None:
+        """Adds (type, text or member) parts of one message; the turn's head stands before them."""
+        is_start = True
+        for kind, value in parts:
+            if kind != "text":
+                self.pieces.append(Piece(_MEDIA_TEXT[kind], False, media=value, kind=kind))
+            elif is_start and (breaks := _LEADING_BREAKS.match(value)):
+                self.text(value[: breaks.end()])
+                self.text(value[breaks.end() :], has_loss)
+            else:
+                self.text(value, has_loss)
+            is_start = False
+
+
+def _role(message: Any, number: int) -> str:
+    if not isinstance(message, dict):
+        raise ValueError(
+            f"message {number} is {type(message).__name__}; it must be an object with 'role' and 'content'"
+        )
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"message {number} has role {role!r}; {_choices(role, ROLES)}")
+    return role
+
+
+def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
+    """(type, text or member name) of each part of a message, neighbouring texts joined."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [("text", _checked_text(content, f"message {number}"))]
+    if not isinstance(content, list):
+        raise ValueError(
+            f"message {number} has content of type {type(content).__name__}; use a string or a list of parts"
+        )
+    parts: list[tuple[str, str]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in PART_TYPES:
+            raise ValueError(f"message {number} has a part of type {kind!r}; {_choices(kind, PART_TYPES)}")
+        value = part.get(kind)
+        if not isinstance(value, str):
+            raise ValueError(
+                f"message {number} has a part of type {kind!r} without {kind!r}: "
+                + ("its text" if kind == "text" else "the name of its member")
+            )
+        if kind == "text":
+            value = _checked_text(value, f"message {number}")
+            if parts and parts[-1][0] == "text":
+                value = parts.pop()[1] + value
+        parts.append((kind, value))
+    return parts
+
+
+def _checked_text(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{where} is {type(text).__name__}; it must be a string")
+    if found := _STRUCTURE.search(text):
+        raise ValueError(f"{where} holds the control token {found.group()!r} as text; remove or rewrite it in the data")
+    return text
+
+
+def _choices(value: object, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(value), valid, n=1)
+    return f"use one of {', '.join(valid)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a rendered text, special tokens in it recognised, nothing added."""
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def count_text_tokens(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the rendered pieces that are no media placeholder (markers around placeholders count)."""
+    return sum(len(tokenize(piece.text, tokenizer)) - (piece.media is not None) for piece in pieces)
+
+
+def member_names(content: dict[str, Any]) -> list[str]:
+    """Names of the media members in the order in which the text mentions them."""
+    return [piece.media for piece in render(content) if piece.media is not None]
+
+
+def modality_of(content: dict[str, Any]) -> str:
+    """The richest media of a sample: video_audio > video > image > audio > text; a picture with audio counts as image.
+
+    A video counts as video_audio if its part says ``"use_audio_in_video": true``.
+    """
+    found = set()
+    for message in content.get("messages", ()):
+        parts = message["content"] if isinstance(message["content"], list) else ()
+        for part in parts:
+            has_sound = part["type"] == "video" and part.get("use_audio_in_video", False)
+            found.add("video_audio" if has_sound else part["type"])
+    return next((kind for kind in ("video_audio", "video", "image", "audio") if kind in found), "text")
+
+
+_READERS: dict[str, Callable[[str, bytes], MediaFacts]] = {"audio": audio_facts, "image": image_facts}
+
+
+def describe(
+    content: dict[str, Any], members: dict[str, bytes], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, list[MediaFacts]]:
+    """(number of text tokens, facts of each medium in order of the text) of a sample, for its index; opens headers
+    only.
+
+    Raises ValueError naming a member that is missing, unreadable or of a kind that cannot be read.
+    """
+    check_members(content, members)
+    pieces = render(content)
+    facts = []
+    for piece in pieces:
+        if piece.media is not None:
+            reader = _READERS.get(str(piece.kind))
+            if reader is None:
+                raise ValueError(f"member {piece.media!r}: video files cannot be read yet; leave these samples out")
+            try:
+                facts.append(reader(piece.media, members[piece.media]))
+            except ValueError as error:
+                raise ValueError(f"member {piece.media!r}: {error}") from error
+    return count_text_tokens(pieces, tokenizer), facts
+
+
+def check_members(content: dict[str, Any], members: dict[str, bytes]) -> None:
+    """Raises ValueError naming the first message that names a member which the sample lacks."""
+    for number, message in enumerate(content.get("messages", ())):
+        for kind, name in _parts(message, number):
+            if kind != "text" and name not in members:
+                has = ", ".join(sorted(members)) or "none"
+                raise ValueError(
+                    f"message {number} names {kind} member {name!r}, which is missing; the sample has {has}"
+                )
+
+
+class Describe:
+    """``describe`` with its tokenizer, as the indexer's worker processes need it: picklable, loads the tokenizer on
+    first use."""
+
+    def __init__(self, tokenizer_folder: str | Path) -> None:
+        self.tokenizer_folder = str(tokenizer_folder)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"tokenizer_folder": self.tokenizer_folder}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(state["tokenizer_folder"])  # type: ignore[misc]
+
+    def __call__(self, key: str, members: dict[str, bytes]) -> tuple[int, list[MediaFacts]]:
+        """(number of text tokens, media facts) of sample ``key``. Raises ValueError naming the key."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_folder)
+        try:
+            return describe(parse_content(members), members, self._tokenizer)
+        except ValueError as error:
+            raise ValueError(f"sample {key}: {error}") from error
+
+
+def parse_content(members: dict[str, bytes]) -> dict[str, Any]:
+    """The parsed ``KEY.json`` of a sample. Raises ValueError if it is missing or no object."""
+    if "json" not in members:
+        raise ValueError(f"the sample has no json member; it has {', '.join(sorted(members)) or 'none'}")
+    try:
+        content = json.loads(members["json"])
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"its json member cannot be parsed: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"its json member holds a {type(content).__name__}; it must be an object")
+    return content

@@ -1,0 +1,226 @@
+"""Samples → documents → packs: the last step of the data layer.
+
+Sample ──Encoder.encode──▶ Document (ids, labels, positions, features) ──collate──▶ Pack (tensors of one sequence)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from omni_train.data.audio import decode_audio, log_mel
+from omni_train.data.chatml import (
+    Piece,
+    check_members,
+    modality_of,
+    render,
+    tokenize,
+)
+from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Document, Pack, Sample, SampleFacts
+from omni_train.data.image import decode_image, patchify
+from omni_train.data.media_tokens import (
+    NUM_MELS,
+    MediaGeometry,
+    audio_num_tokens,
+    grid_num_tokens,
+    media_num_tokens,
+)
+from omni_train.data.positions import tm_rope_positions
+from omni_train.data.tokenizer import TokenIds, token_ids
+
+DEFAULT_AUDIO_WINDOW_SEC = 8
+"""The audio encoder's attention window at inference (``n_window_infer`` 800 mel frames)."""
+
+
+class Encoder:
+    """Turns samples into documents. Picklable, without state that changes: one serves any number of workers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, geometry: MediaGeometry, loss_on: str = "assistant") -> None:
+        self.tokenizer = tokenizer
+        self.geometry = geometry
+        self.loss_on = getattr(loss_on, "value", loss_on)
+        self.ids: TokenIds = token_ids(tokenizer)
+        self._pads = {"audio": self.ids.audio_pad, "image": self.ids.image_pad}
+        render({"text": ""}, self.loss_on)  # refuses an unknown loss_on here, not in a worker
+
+    def num_tokens(self, facts: SampleFacts) -> int:
+        """Tokens of the sample's whole document, from its index line."""
+        return facts.num_text_tokens + sum(media_num_tokens(media, self.geometry) for media in facts.media)
+
+    def encode(self, sample: Sample, start: int = 0, stop: int | None = None) -> Document:
+        """The document of a sample, or tokens ``start`` to ``stop`` of a text without media, as a document of its own.
+
+        Labels are unshifted; the first token never is one. Raises ValueError naming the sample.
+        """
+        try:
+            document = self._encode(sample.id, sample.content, sample.members)
+            return _cut(document, start, document.num_tokens if stop is None else stop)
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id}: {error}") from error
+
+    def prompt_and_answer(self, sample: Sample) -> tuple[Document, str]:
+        """(prompt, reference) for evaluation by generation.
+
+        The prompt is all that stands before the last assistant message and ends in ``<|im_start|>assistant\\n``,
+        without labels; the reference is that message's text. Raises ValueError for a sample without an assistant
+        message.
+        """
+        try:
+            messages = sample.content.get("messages", [])
+            replies = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+            if not replies:
+                raise ValueError("it has no assistant message to compare with")
+            reply = messages[replies[-1]]["content"]
+            if not isinstance(reply, str):
+                reply = "".join(part["text"] for part in reply if part["type"] == "text")
+            content = {**sample.content, "messages": messages[: replies[-1]]}
+            if not content["messages"]:
+                raise ValueError("nothing stands before its assistant message")
+            prompt = self._encode(sample.id, content, sample.members, add_generation_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id}: {error}") from error
+        return dataclasses.replace(prompt, labels=np.full_like(prompt.labels, IGNORE_INDEX)), reply
+
+    def _encode(
+        self,
+        sample_id: str,
+        content: dict[str, Any],
+        members: dict[str, bytes],
+        add_generation_prompt: bool = False,
+    ) -> Document:
+        check_members(content, members)
+        document = Document(
+            sample_id=sample_id,
+            modality=modality_of(content),
+            input_ids=np.empty(0, np.int64),
+            labels=np.empty(0, np.int64),
+            position_ids=np.empty((3, 0), np.int64),
+        )
+        ids: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for piece in render(content, self.loss_on, add_generation_prompt):
+            piece_ids = np.asarray(tokenize(piece.text, self.tokenizer), dtype=np.int64)
+            if piece.media is not None:
+                piece_ids = self._expand(piece_ids, piece, members, document)
+            ids.append(piece_ids)
+            labels.append(piece_ids if piece.has_loss else np.full_like(piece_ids, IGNORE_INDEX))
+        document.input_ids, document.labels = np.concatenate(ids), np.concatenate(labels)
+        document.labels[0] = IGNORE_INDEX
+        document.position_ids = tm_rope_positions(
+            document.input_ids,
+            self.ids,
+            audio_num_tokens=[audio_num_tokens(mel.shape[1]) for mel in document.mels],
+            image_grids=document.image_grids,
+            geometry=self.geometry,
+        )
+        return document
+
+    def _expand(self, piece_ids: np.ndarray, piece: Piece, members: dict[str, bytes], document: Document) -> np.ndarray:
+        """The piece's ids with its placeholder repeated once a feature; the features are added to ``document``."""
+        data = members[str(piece.media)]
+        try:
+            if piece.kind == "audio":
+                mel = log_mel(decode_audio(data))
+                document.mels.append(mel)
+                count = audio_num_tokens(mel.shape[1])
+            elif piece.kind == "image":
+                patches, grid = patchify(decode_image(data), self.geometry)
+                document.image_patches.append(patches)
+                document.image_grids.append(grid)
+                count = grid_num_tokens(grid, self.geometry)
+            else:
+                raise ValueError("video files cannot be read yet; leave these samples out")
+        except ValueError as error:
+            raise ValueError(f"member {piece.media!r}: {error}") from error
+        return np.repeat(piece_ids, np.where(piece_ids == self._pads[piece.kind], count, 1))
+
+
+def _cut(document: Document, start: int, stop: int) -> Document:
+    """Tokens start … stop of a text document, positions from 0 again."""
+    if (start, stop) == (0, document.num_tokens):
+        return document
+    if not 0 <= start < stop <= document.num_tokens:
+        raise ValueError(
+            f"token range {start}–{stop} does not lie in its {document.num_tokens} tokens; rebuild the index"
+        )
+    if document.modality != "text":
+        raise ValueError(f"token range {start}–{stop} would cut a document with {document.modality}; only text is cut")
+    labels = document.labels[start:stop].copy()
+    labels[0] = IGNORE_INDEX
+    return dataclasses.replace(
+        document,
+        input_ids=document.input_ids[start:stop],
+        labels=labels,
+        position_ids=document.position_ids[:, : stop - start],
+    )
+
+
+def collate(
+    documents: Sequence[Document], audio_window_sec: Sequence[int] | None = None, patch_dim: int = 1536
+) -> Pack:
+    """The pack of ``documents`` in this order.
+
+    ``audio_window_sec`` has one entry a clip (8 s each if not given). ``patch_dim`` is the width of ``pixel_values``
+    where no document has a picture. Raises ValueError if there is no document, or windows and clips disagree in
+    number.
+    """
+    if not documents:
+        raise ValueError("a pack needs at least one document; use dummy_pack for a rank without data")
+    mels = [mel for document in documents for mel in document.mels]
+    if audio_window_sec is None:
+        audio_window_sec = [DEFAULT_AUDIO_WINDOW_SEC] * len(mels)
+    if len(audio_window_sec) != len(mels):
+        raise ValueError(f"{len(audio_window_sec)} audio windows are given for {len(mels)} clips")
+    lengths = [document.num_tokens for document in documents]
+    position_ids = [np.vstack([np.arange(document.num_tokens), document.position_ids]) for document in documents]
+    images = [patches for document in documents for patches in document.image_patches]
+    videos = [patches for document in documents for patches in document.video_patches]
+    return Pack(
+        input_ids=torch.from_numpy(np.concatenate([document.input_ids for document in documents])),
+        shift_labels=torch.from_numpy(np.concatenate([shift_labels(document.labels) for document in documents])),
+        position_ids=torch.from_numpy(np.concatenate(position_ids, axis=1)),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        doc_modality=torch.tensor([MODALITIES.index(document.modality) for document in documents]),
+        mel=_joined(mels, axis=1, empty=(NUM_MELS, 0)),
+        mel_lengths=torch.tensor([mel.shape[1] for mel in mels], dtype=torch.int64),
+        audio_window_sec=torch.tensor(audio_window_sec, dtype=torch.int64),
+        pixel_values=_joined(images, axis=0, empty=(0, patch_dim)),
+        image_grid_thw=_grids([grid for document in documents for grid in document.image_grids]),
+        pixel_values_videos=_joined(videos, axis=0, empty=(0, patch_dim)),
+        video_grid_thw=_grids([grid for document in documents for grid in document.video_grids]),
+        sample_ids=[document.sample_id for document in documents],
+    )
+
+
+def shift_labels(labels: np.ndarray) -> np.ndarray:
+    """labels[i + 1] at i, −100 at the last position: what the logits at i are compared with."""
+    return np.append(labels[1:], IGNORE_INDEX)
+
+
+def dummy_pack(geometry: MediaGeometry, ids: TokenIds) -> Pack:
+    """The smallest pack: two text tokens, no media, no label. For ranks without data, so that collectives still
+    match."""
+    tokens = np.full(2, ids.endoftext, dtype=np.int64)
+    document = Document(
+        sample_id="dummy",
+        modality="text",
+        input_ids=tokens,
+        labels=np.full(2, IGNORE_INDEX, dtype=np.int64),
+        position_ids=np.tile(np.arange(2), (3, 1)),
+    )
+    return collate([document], patch_dim=geometry.patch_dim)
+
+
+def _joined(arrays: list[np.ndarray], axis: int, empty: tuple[int, int]) -> torch.Tensor:
+    if not arrays:
+        return torch.zeros(empty, dtype=torch.float32)
+    return torch.from_numpy(np.concatenate(arrays, axis=axis))
+
+
+def _grids(grids: list[tuple[int, int, int]]) -> torch.Tensor:
+    return torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)

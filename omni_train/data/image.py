@@ -1,0 +1,82 @@
+"""Pictures: bytes → RGB → patches, equal to what stock Qwen3-Omni is fed (``Qwen2VLImageProcessorPil``, mean and std
+0.5)."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from omni_train.data.contracts import MediaFacts
+from omni_train.data.media_tokens import MediaGeometry, check_aspect_ratio, smart_resize
+
+_EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+# Every byte value after rescale (in float64, as upstream does) and normalisation with mean 0.5 and std 0.5.
+_NORMALISED = ((np.arange(256, dtype=np.float64) / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+
+
+def image_facts(member: str, data: bytes) -> MediaFacts:
+    """Width and height in pixels as ``decode_image`` will return them, from the header only."""
+    with _open(data) as image:
+        width, height = image.size
+        if image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
+            width, height = height, width
+    check_aspect_ratio(height, width)
+    return MediaFacts(member=member, kind="image", width=width, height=height)
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """The picture as uint8 RGB [h, w, 3]: turned as EXIF says, transparency over white, 16 bits cut to 8, first frame
+    only.
+
+    Raises ValueError for what cannot be read.
+    """
+    with _open(data) as image:
+        try:
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot decode picture of {len(data):,} bytes: {error}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("picture is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read picture of {len(data):,} bytes: {error}; use jpg, png or webp") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        # NOTE: Pillow's own convert("RGB") clips 16-bit grey at 255, which turns most of the picture white.
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65_535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("picture has floating-point pixels of unknown range; store it as 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def patchify(image: np.ndarray, geometry: MediaGeometry) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """(patches float32 [h*w, 3*temporal*patch*patch], grid (1, h, w)) of an RGB picture uint8 [height, width, 3].
+
+    Bicubic resize to ``smart_resize``, values −1 … 1. Rows run over 2×2 blocks of patches (the ones that become one
+    token), row-major; within a row: channel, time (the same picture twice), y, x.
+    """
+    height, width = smart_resize(image.shape[0], image.shape[1], geometry)
+    if image.shape[:2] != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    size, merge, times = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size
+    grid_h, grid_w = height // size, width // size
+    blocks = image.reshape(grid_h // merge, merge, size, grid_w // merge, merge, size, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid_h * grid_w, 3, 1, size * size)
+    patches = np.empty((grid_h * grid_w, 3, times, size * size), dtype=np.float32)
+    patches[:] = _NORMALISED[blocks]
+    return patches.reshape(grid_h * grid_w, geometry.patch_dim), (1, grid_h, grid_w)
