@@ -1,0 +1,268 @@
+"""The plan of the corpus: which samples each source of each split holds, with their media still to be made.
+
+Everything here is a pure function of (split, scale, seed). Nothing is synthesised or drawn; ``prepare`` does that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data.tiny import texts
+from data.tiny.pictures import BACKGROUNDS, CONCEPTS, DIGIT_ROWS, Digit, Picture, translations
+from data.tiny.voices import OTHER_LANGS, VARIANTS, Clip, Recording, english_voices, gender
+
+SPLITS = ("train", "validation", "heldout")
+Media = Clip | Recording | Picture | Digit
+
+SPEECH_LICENSE = "CC0-1.0"
+PICTURE_LICENSE = "CC-BY-SA-4.0"
+DIGIT_LICENSE = "CC-BY-SA-3.0"
+DOC_LICENSE = "PSF-2.0"
+
+NUM_SAMPLES = {
+    "spoken_word": (28, 2, 6),  # times each word
+    "spoken_phrase": (4500, 250, 600),
+    "spoken_digit": (80, 24, 60),  # times each digit
+    "audio_find": (700, 200, 500),
+    "speech_other": (1500, 200, 500),
+    "count_words": (700, 200, 500),
+    "man_or_woman": (700, 200, 500),
+    "digit_variants": (6, 1, 1),  # times each image
+    "picture_name": (220, 6, 17),  # times each concept
+    "picture_colour": (1200, 200, 500),
+    "count": (2500, 200, 500),
+    "same_or_different": (72, 3, 8),  # times each concept, same and different
+    "same_audio": (300, 100, 250),  # of each of two kinds
+    "digit_sum": (14, 3, 6),  # times each pair
+    "digit_sum_unseen": (0, 14, 34),  # times each pair
+    "long_audio_find": (900, 200, 500),
+    "exercise_rounds": (650, 40, 60),  # of 12 dialogues
+    "text_sum": (14, 1, 2),  # times each sum
+    "stories": (600, 50, 100),
+}
+"""Of train, validation, held-out at scale 1."""
+
+UNSEEN_PAIRS = frozenset([(a, (3 * a + 1) % 10) for a in range(10)] + [(a, (7 * a + 4) % 10) for a in range(0, 10, 2)])
+"""(seen digit, heard digit) whose sum is asked only in held-out and validation, as ``digit_sum_unseen``."""
+
+
+@dataclass(slots=True)
+class PlannedSample:
+    """``KEY.json`` as a dict and what each media member ("a.flac") is to be made from."""
+
+    content: dict
+    media: dict[str, Media] = field(default_factory=dict)
+
+
+class Planner:
+    """Draws the samples of one split; every task draws from its own generator, so one does not shift another."""
+
+    def __init__(self, split: str, scale: float, seed: int) -> None:
+        self.split, self.scale, self.seed = split, scale, seed
+        self.voices = english_voices(split)
+        self.num_media = 0
+        self.rng = random.Random()
+
+    def begin(self, task: str) -> int:
+        """Starts the generator of ``task``; returns how many samples (or times) it is to have."""
+        self.rng = random.Random(f"{task}/{self.split}/{self.seed}")
+        amount = NUM_SAMPLES[task][SPLITS.index(self.split)]
+        return max(1, round(amount * self.scale)) if amount else 0
+
+    def media_seed(self) -> int:
+        self.num_media += 1
+        return (self.seed * 3 + SPLITS.index(self.split)) * 10_000_000 + self.num_media
+
+    def clip(self, text: str, voice: str = "") -> Clip:
+        rng = self.rng
+        return Clip(
+            text=text,
+            voice=voice or rng.choice(self.voices),
+            rate_wpm=rng.randint(145, 200),
+            pitch=rng.randint(36, 64),
+            peak=round(rng.uniform(0.5, 0.9), 3),
+            noise=round(rng.uniform(0.001, 0.015), 4) if self.split == "train" and rng.random() < 0.3 else 0.0,
+            seed=self.media_seed(),
+        )
+
+    def picture(self, concept: str, count: int = 0, background: str = "") -> Picture:
+        return Picture(concept, self.media_seed(), count, background)
+
+    def digit(self, value: int) -> Digit:
+        row = self.rng.randrange(*DIGIT_ROWS[self.split])
+        return Digit(value, row, self.media_seed(), augment=self.split == "train")
+
+    def sample(
+        self, task: str, question: str, answer: str, *media: Media, license: str = SPEECH_LICENSE, lang: str = "en"
+    ) -> PlannedSample:
+        """A question about ``media`` (members a, b in order). ``question`` names a wording or is the text itself."""
+        wordings = texts.QUESTIONS.get(question, (question,))
+        wording = self.rng.choice(wordings) if self.split == "train" else wordings[0]
+        parts, members = [], {}
+        speakers = []
+        for letter, spec in zip("ab", media, strict=False):
+            kind, extension = ("audio", "flac") if isinstance(spec, Clip | Recording) else ("image", "png")
+            members[f"{letter}.{extension}"] = spec
+            parts.append({"type": kind, kind: f"{letter}.{extension}"})
+            if kind == "audio":
+                speakers.append(spec.voice if isinstance(spec, Clip) else spec.clip.voice)
+        messages = [
+            {"role": "user", "content": [*parts, {"type": "text", "text": wording}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        content = {"messages": messages, "task": task, "lang": lang, "license": license}
+        if speakers:
+            content["speaker"] = speakers[0]
+        return PlannedSample(content, members)
+
+
+def plan_speech(plan: Planner) -> list[PlannedSample]:
+    """Words, phrases and digits to write down, and a name to find among two other words."""
+    samples = []
+    for _ in range(plan.begin("spoken_word")):
+        samples += [plan.sample("spoken_word", "transcribe", word, plan.clip(word)) for word in texts.WORDS]
+    amount = plan.begin("spoken_phrase")
+    for phrase in texts.phrase_pools(plan.seed)[plan.split][:amount]:
+        samples.append(plan.sample("spoken_phrase", "transcribe", phrase, plan.clip(phrase)))
+    for number in range(plan.begin("spoken_digit")):
+        for value in range(10):
+            clip = plan.clip(texts.NUMBERS[value], plan.voices[(number + value) % len(plan.voices)])
+            samples.append(plan.sample("spoken_digit", "spoken_digit", str(value), clip))
+    for number in range(plan.begin("audio_find")):
+        name = CONCEPTS[number % len(CONCEPTS)]
+        words = plan.rng.sample(texts.FILLERS, 2)
+        words.insert(plan.rng.randint(0, 2), name)
+        samples.append(plan.sample("audio_find", "audio_find", name, plan.clip(" ".join(words))))
+    return samples
+
+
+def plan_speech_other(plan: Planner) -> list[PlannedSample]:
+    """Picture names and digits in five other languages, to write down."""
+    samples = []
+    for number in range(plan.begin("speech_other")):
+        lang = OTHER_LANGS[number % len(OTHER_LANGS)]
+        word = plan.rng.choice([*translations(lang).values(), *texts.DIGIT_WORDS[lang]])
+        clip = plan.clip(word, f"{lang}+{plan.rng.choice(VARIANTS[plan.split])}")
+        samples.append(plan.sample("speech_other", "transcribe", word, clip, lang=lang))
+    return samples
+
+
+def plan_audio_understanding(plan: Planner) -> list[PlannedSample]:
+    """How many words, and a man's or a woman's voice; both balanced."""
+    samples = []
+    phrases = [phrase.split() for phrase in texts.phrase_pools(plan.seed)[plan.split]]
+    phrases = [words for words in phrases if len(words) == 4]
+    for number in range(plan.begin("count_words")):
+        num_words = number % 4 + 1
+        text = " ".join(plan.rng.choice(phrases)[:num_words])
+        samples.append(plan.sample("count_words", "count_words", str(num_words), plan.clip(text)))
+    for number in range(plan.begin("man_or_woman")):
+        answer = ("man", "woman")[number % 2]
+        voice = plan.rng.choice([voice for voice in plan.voices if gender(voice) == answer])
+        clip = plan.clip(" ".join(plan.rng.choice(phrases)[: plan.rng.randint(2, 4)]), voice)
+        samples.append(plan.sample("man_or_woman", "man_or_woman", answer, clip))
+    return samples
+
+
+def plan_pictures(plan: Planner) -> list[PlannedSample]:
+    """MNIST digits, picture names, background colours and counts."""
+    samples = []
+    start, stop = DIGIT_ROWS[plan.split]
+    rows = range(start, start + max(1, round((stop - start) * min(1.0, plan.scale))))
+    for variant in range(plan.begin("digit_variants")):
+        for value in range(10):
+            for row in rows:
+                digit = Digit(value, row, plan.media_seed(), augment=plan.split == "train" and variant > 0)
+                samples.append(plan.sample("digit_image", "digit_image", str(value), digit, license=DIGIT_LICENSE))
+    for _ in range(plan.begin("picture_name")):
+        for name in CONCEPTS:
+            picture = plan.picture(name)
+            samples.append(plan.sample("picture_name", "picture_name", name, picture, license=PICTURE_LICENSE))
+    for number in range(plan.begin("picture_colour")):
+        colour = list(BACKGROUNDS)[number % len(BACKGROUNDS)]
+        picture = plan.picture(plan.rng.choice(CONCEPTS), background=colour)
+        samples.append(plan.sample("picture_colour", "picture_colour", colour, picture, license=PICTURE_LICENSE))
+    for number in range(plan.begin("count")):
+        count = number % 5 + 1
+        picture = plan.picture(plan.rng.choice(CONCEPTS), count=count)
+        samples.append(plan.sample("count", "count", str(count), picture, license=PICTURE_LICENSE))
+    return samples
+
+
+def _same_or_different(plan: Planner) -> list[PlannedSample]:
+    """Each name is drawn as often with its own word as with another, and said as often over its own picture."""
+    samples = []
+    for _ in range(plan.begin("same_or_different")):
+        shift = plan.rng.randint(1, len(CONCEPTS) - 1)
+        for number, seen in enumerate(CONCEPTS):
+            other = CONCEPTS[(number + shift) % len(CONCEPTS)]
+            for heard, answer in ((seen, "same"), (other, "different")):
+                media = plan.picture(seen), plan.clip(heard)
+                samples.append(
+                    plan.sample("same_or_different", "same_or_different", answer, *media, license=PICTURE_LICENSE)
+                )
+    return samples
+
+
+def plan_mixed(plan: Planner) -> list[PlannedSample]:
+    """A picture with a spoken name, two spoken names, a written with a spoken name; a seen plus a heard digit."""
+    samples = _same_or_different(plan)
+    for number in range(plan.begin("same_audio")):
+        first, second = plan.rng.sample(CONCEPTS, 2)
+        second, answer = ((first, "same"), (second, "different"))[number % 2]
+        pair = plan.clip(first), plan.clip(second)
+        samples.append(plan.sample("same_audio", "same_or_different", answer, *pair))
+        samples.append(plan.sample("same_audio", f"{first}: same or different?", answer, plan.clip(second)))
+    for task in ("digit_sum", "digit_sum_unseen"):
+        for _ in range(plan.begin(task)):
+            for seen, heard in ((a, b) for a in range(10) for b in range(10)):
+                if ((seen, heard) in UNSEEN_PAIRS) == (task == "digit_sum_unseen"):
+                    media = plan.digit(seen), plan.clip(texts.NUMBERS[heard])
+                    samples.append(plan.sample(task, "digit_sum", str(seen + heard), *media, license=DIGIT_LICENSE))
+    return samples
+
+
+def plan_long_audio(plan: Planner) -> list[PlannedSample]:
+    """One name in 10–16 s of verbs, colours, places and numbers."""
+    samples = []
+    for number in range(plan.begin("long_audio_find")):
+        name = CONCEPTS[number % len(CONCEPTS)]
+        fillers = tuple(" ".join(plan.rng.sample(texts.FILLERS, plan.rng.randint(1, 3))) for _ in range(40))
+        position, target_sec = round(plan.rng.random(), 3), round(plan.rng.uniform(10.2, 13.0), 2)
+        recording = Recording(name, fillers, position, target_sec, plan.clip(name))
+        samples.append(plan.sample("long_audio_find", "audio_find", name, recording))
+    return samples
+
+
+def plan_text(plan: Planner) -> list[PlannedSample]:
+    """Written exercises and sums as dialogues; stories and library documentation as plain text."""
+    rounds, times, num_stories = (plan.begin(task) for task in ("exercise_rounds", "text_sum", "stories"))
+    written = texts.dialogues(plan.split, rounds, plan.seed) + texts.sums(times)
+    samples = [plan.sample(task, question, answer) for task, question, answer in written]
+    for story in texts.stories(plan.split, num_stories, plan.seed):
+        samples.append(PlannedSample({"text": story, "task": "story", "lang": "en", "license": SPEECH_LICENSE}))
+    for text in texts.documentation(plan.scale)[plan.split]:
+        samples.append(PlannedSample({"text": text, "task": "documentation", "lang": "en", "license": DOC_LICENSE}))
+    return samples
+
+
+SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
+    "long_audio": plan_long_audio,
+    "speech": plan_speech,
+    "mixed": plan_mixed,
+    "pictures": plan_pictures,
+    "speech_other": plan_speech_other,
+    "audio_understanding": plan_audio_understanding,
+    "text": plan_text,
+}
+
+
+def plan_source(split: str, source: str, scale: float, seed: int) -> list[PlannedSample]:
+    """The samples of one source in their shuffled order."""
+    plan = Planner(split, scale, seed)
+    plan.num_media = list(SOURCES).index(source) * 1_000_000
+    samples = SOURCES[source](plan)
+    random.Random(f"order/{split}/{source}/{seed}").shuffle(samples)
+    return samples

@@ -1,0 +1,184 @@
+"""Words, phrases, written exercises and library documentation: everything of the corpus that is text."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.tiny.pictures import BACKGROUNDS, CONCEPTS
+
+COLOURS = tuple(BACKGROUNDS)
+NOUNS = (
+    *CONCEPTS,
+    *("cat", "horse", "lion", "bear", "goat", "duck", "boy", "girl", "king", "doctor", "apple", "car", "train"),
+    *("tree", "flower", "book", "chair", "table", "ball", "hat", "shoe"),
+)
+VERBS = (
+    *("runs", "jumps", "sleeps", "eats", "sings", "swims", "flies", "walks", "talks", "falls", "waits", "plays"),
+    *("laughs", "hides", "dances", "reads", "works", "cooks", "climbs", "spins"),
+)
+PLACES = ("here", "outside", "inside", "upstairs", "home", "away", "nearby", "abroad", "below", "downtown")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+LEXICON = {"colours": COLOURS, "nouns": NOUNS, "verbs": VERBS, "places": PLACES, "numbers": NUMBERS}
+WORDS = tuple(itertools.chain.from_iterable(LEXICON.values()))
+FILLERS = (*COLOURS, *VERBS, *PLACES, *NUMBERS)
+"""Words that are no names, for the tasks that hide one name among others."""
+
+DIGIT_WORDS = {
+    "de": ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"),
+    "es": ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve"),
+    "fr": ("zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf"),
+    "it": ("zero", "uno", "due", "tre", "quattro", "cinque", "sei", "sette", "otto", "nove"),
+    "pt": ("zero", "um", "dois", "três", "quatro", "cinco", "seis", "sete", "oito", "nove"),
+}
+
+# The first wording is the only one in validation and held-out.
+QUESTIONS = {
+    "transcribe": ("what is said?", "write what you hear."),
+    "spoken_digit": ("which digit is said?",),
+    "digit_image": ("which digit is this?", "what digit do you see?"),
+    "picture_name": ("what is this?", "name the picture."),
+    "picture_colour": ("which background colour?",),
+    "count": ("how many?", "count them."),
+    "same_or_different": ("same or different?", "do they match? same or different?"),
+    "digit_sum": ("sum?", "what is the sum?"),
+    "audio_find": ("which name is said?", "what name do you hear?"),
+    "count_words": ("how many words?",),
+    "man_or_woman": ("man or woman?",),
+}
+DOC_CHARS, LONG_DOC_CHARS = 1500, 4000
+
+
+@functools.cache
+def phrase_pools(seed: int) -> dict[str, tuple[str, ...]]:
+    """Shuffled phrases of each split: "<colour> <noun> <verb> [<place>]" and "<noun> <verb> <place>".
+
+    Of every five two are of the first form, two end in a place too and one is of the last. Splits share no run
+    of three words: each such triple belongs to one split (8 % validation, 16 % held-out), a longer phrase to the split
+    of both its triples.
+    """
+    rng = random.Random(f"phrases/{seed}")
+    split_of: dict[tuple[str, ...], str] = {}
+    pools: dict[str, tuple[list[str], ...]] = {split: ([], [], []) for split in ("train", "validation", "heldout")}
+    for kind, words in enumerate(((COLOURS, NOUNS, VERBS), (NOUNS, VERBS, PLACES))):
+        triples = list(itertools.product(*words))
+        rng.shuffle(triples)
+        for number, triple in enumerate(triples):
+            share = number / len(triples)
+            split_of[triple] = "validation" if share < 0.08 else "heldout" if share < 0.24 else "train"
+            pools[split_of[triple]][kind].append(" ".join(triple))
+    longer = list(itertools.product(COLOURS, NOUNS, VERBS, PLACES))
+    rng.shuffle(longer)
+    for phrase in longer:
+        if split_of[phrase[:3]] == split_of[phrase[1:]]:
+            pools[split_of[phrase[1:]]][2].append(" ".join(phrase))
+    return {split: tuple(_interleave(*kinds)) for split, kinds in pools.items()}
+
+
+def _interleave(three: list[str], places: list[str], four: list[str]) -> Iterator[str]:
+    for group in zip(three[::2], four[::2], three[1::2], four[1::2], places, strict=False):
+        yield from group
+
+
+def _exercises(rng: random.Random, phrases: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    """(task, question, answer): the media tasks and a few more in written form, one of each a round, without end."""
+    while True:
+        phrase = rng.choice(phrases)
+        word, name, digit = rng.choice(WORDS), rng.choice(CONCEPTS), rng.randrange(10)
+        other = name if rng.random() < 0.5 else rng.choice([concept for concept in CONCEPTS if concept != name])
+        fillers = rng.sample(FILLERS, rng.choice((2, 4, 8)))
+        fillers.insert(rng.randint(0, len(fillers)), name)
+        colour, count = rng.choice(COLOURS), rng.randint(1, 5)
+        words = phrase.split()[: rng.randint(1, 4)]
+        yield "text_repeat", f"repeat: {phrase}", phrase
+        yield "text_repeat", f"what is said? {word}", word
+        yield "text_digit", f"which digit is this? {NUMBERS[digit]}", str(digit)
+        yield "text_number", f"write in letters: {digit}", NUMBERS[digit]
+        yield "text_spell", f"spell {word}", " ".join(word)
+        yield "text_unspell", f"{' '.join(word)} spells?", word
+        yield "text_count_words", f"how many words? {' '.join(words)}", str(len(words))
+        yield "text_count", f"how many? {' '.join([name] * count)}", str(count)
+        yield "text_same", f"{name}, {other}: same or different?", "same" if name == other else "different"
+        yield "text_find", f"which name is said? {' '.join(fillers)}", name
+        yield "text_colour", f"{colour} {name} {rng.choice(VERBS)}. which colour?", colour
+        yield "text_name", f"a picture of a {colour} {name}. what is this?", name
+
+
+def dialogues(split: str, num_rounds: int, seed: int) -> list[tuple[str, str, str]]:
+    """(task, question, answer) of ``num_rounds`` rounds of exercises, over the phrases of ``split`` alone."""
+    rng = random.Random(f"dialogues/{split}/{seed}")
+    return list(itertools.islice(_exercises(rng, phrase_pools(seed)[split]), 12 * num_rounds))
+
+
+def sums(num_times: int) -> list[tuple[str, str, str]]:
+    """(task, question, answer) of all 100 sums of two digits, ``num_times`` each, in a few written forms."""
+    forms = ("{a} + {b} =", "{a} + {b} = sum?", "{x} + {y} = sum?", "{a} + {y} = sum?")
+    return [
+        ("text_sum", forms[time % len(forms)].format(a=a, b=b, x=NUMBERS[a], y=NUMBERS[b]), str(a + b))
+        for time in range(num_times)
+        for a in range(10)
+        for b in range(10)
+    ]
+
+
+def stories(split: str, num_stories: int, seed: int) -> list[str]:
+    """Plain texts of 3–12 phrases of ``split``, ended by full stops."""
+    rng = random.Random(f"stories/{split}/{seed}")
+    phrases = phrase_pools(seed)[split]
+    return [" ".join(f"{phrase}." for phrase in rng.sample(phrases, rng.randint(3, 12))) for _ in range(num_stories)]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Paragraphs of ``text`` joined to pieces of at most 1,500 characters (a longer paragraph is cut)."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        for start in range(0, len(paragraph), DOC_CHARS):
+            part = paragraph[start : start + DOC_CHARS]
+            if piece and len(piece) + len(part) + 2 > DOC_CHARS:
+                yield piece
+                piece = ""
+            piece = f"{piece}\n\n{part}" if piece else part
+    if len(piece) > 40:
+        yield piece
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text("utf-8", errors="replace"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) >= 60:
+                yield docstring
+
+
+@functools.cache
+def documentation(scale: float) -> dict[str, list[str]]:
+    """Texts of each split from the running Python: the language reference (``pydoc_data.topics``) and docstrings.
+
+    Each module or topic is in one split: the 10th of every ten in validation, the 5th in held-out. Every third topic of
+    more than 4,000 characters stays whole, for context splitting; all else is cut to pieces.
+    """
+    from pydoc_data.topics import topics
+
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in stdlib.glob("*.py") if not path.name.startswith("_sysconfigdata"))
+    documents = [list(_docstrings(path)) for path in files[: max(10, round(scale * len(files)))]]
+    documents += [[topics[name].strip()] for name in sorted(topics)[: max(10, round(scale * len(topics)))]]
+    texts: dict[str, list[str]] = {"train": [], "validation": [], "heldout": []}
+    seen: set[str] = set()
+    num_long = 0
+    for number, document in enumerate(documents):
+        split = {9: "validation", 4: "heldout"}.get(number % 10, "train")
+        for text in document:
+            num_long += len(text) > LONG_DOC_CHARS
+            is_whole = len(text) > LONG_DOC_CHARS and num_long % 3 == 0
+            for piece in [text] if is_whole else _pieces(text):
+                if piece not in seen:
+                    seen.add(piece)
+                    texts[split].append(piece)
+    return texts
