@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 SIZE_PX = 64
 DIGIT_SIZE_PX = 48
-MASTER_PX = 144
+MASTER_PX = 96
 
 # Names are the emoji package's own; chosen by eye to differ in shape or colour at 64×64.
 CONCEPTS = (
@@ -89,15 +89,17 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 @functools.cache
-def master(concept: str) -> Image.Image:
-    """The concept cut to its ink, RGBA, longest side about 144–190 pixels."""
+def master(concept: str, max_px: int) -> Image.Image:
+    """The concept cut to its ink, RGBA, its longest side at most ``max_px``."""
     canvas = Image.new("RGBA", (2 * MASTER_PX, 2 * MASTER_PX))
     ImageDraw.Draw(canvas).text((20, 20), emoji_names()[concept], font=_font(), embedded_color=True)
-    return canvas.crop(canvas.getbbox())
+    ink = canvas.crop(canvas.getbbox())
+    ink.thumbnail((max_px, max_px), Image.Resampling.LANCZOS)
+    return ink
 
 
 def _placed(concept: str, side_px: float, degrees: float) -> Image.Image:
-    ink = master(concept)
+    ink = master(concept, 40 if side_px < 20 else 128)
     turned = ink.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
     factor = side_px / max(ink.size)
     size = [max(1, round(length * factor)) for length in turned.size]

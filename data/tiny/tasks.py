@@ -80,7 +80,7 @@ class Planner:
         return Clip(
             text=text,
             voice=voice or rng.choice(self.voices),
-            rate_wpm=rng.randint(145, 200),
+            rate_wpm=rng.randint(130, 185),
             pitch=rng.randint(36, 64),
             peak=round(rng.uniform(0.5, 0.9), 3),
             noise=round(rng.uniform(0.001, 0.015), 4) if self.split == "train" and rng.random() < 0.3 else 0.0,

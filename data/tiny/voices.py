@@ -141,8 +141,8 @@ def _espeak() -> Espeak:
 
 
 def trim_silence(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
-    """``wave`` without what lies under 2 % of its peak at either end, but for 20 ms."""
-    loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
+    """``wave`` without what lies under 1 % of its peak at either end, but for 20 ms."""
+    loud = np.flatnonzero(np.abs(wave) > 0.01 * np.abs(wave).max())
     margin = sample_rate_hz // 50
     return wave[max(0, loud[0] - margin) : loud[-1] + margin]
 
