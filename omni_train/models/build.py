@@ -23,6 +23,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 
 from omni_train.config import ConfigError, ModelConfig
 from omni_train.models.attention import VARLEN
+from omni_train.models.encoder_decoder import TextDecoder
 
 # Token names → fields of the Thinker's configuration.
 TOKEN_FIELDS = {
@@ -156,7 +157,7 @@ def build_encoder(model: ModelConfig, kind: str, *, seed: int) -> nn.Module:
     return encoder
 
 
-def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int) -> nn.Module:
+def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int) -> TextDecoder:
     """The library's attention decoder (rotary, pre-norm, cross-attention) of the encoder's width."""
     decoder = model.decoder
     config = MoonshineConfig(
@@ -175,7 +176,7 @@ def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int) -> nn.Modu
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MoonshineDecoder(config)
+        return TextDecoder(MoonshineDecoder(config))
 
 
 def use_varlen(*configs: Any) -> None:

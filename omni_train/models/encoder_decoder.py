@@ -25,10 +25,19 @@ def pad_rows(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     return padded, mask
 
 
-class EncoderDecoder(nn.Module):
-    """An audio or vision encoder (``kind``) with the library's attention decoder and a head tied to its embedding."""
+class TextDecoder(nn.Module):
+    """The library's attention decoder with a vocabulary head."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, kind: str, media_token_id: int) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.head = nn.Linear(decoder.config.hidden_size, decoder.config.vocab_size, bias=False)
+
+
+class EncoderDecoder(nn.Module):
+    """An audio or vision encoder (``kind``) with a text decoder that attends to it."""
+
+    def __init__(self, encoder: nn.Module, decoder: TextDecoder, kind: str, media_token_id: int) -> None:
         super().__init__()
         self.kind = kind
         self.media_token_id = media_token_id
@@ -38,7 +47,7 @@ class EncoderDecoder(nn.Module):
             self.visual, self.vision_decoder = encoder, decoder
 
     @property
-    def decoder(self) -> nn.Module:
+    def text_decoder(self) -> TextDecoder:
         return self.audio_decoder if self.kind == "audio" else self.vision_decoder
 
     def encode(self, pack: Pack) -> tuple[Tensor, Tensor]:
@@ -61,16 +70,12 @@ class EncoderDecoder(nn.Module):
 
     def decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
         """Decoder states [D, L, E] of token ids [D, L], right-padded."""
-        return self.decoder(
+        return self.text_decoder.decoder(
             input_ids=ids, encoder_hidden_states=memory, encoder_attention_mask=memory_mask, use_cache=False
         ).last_hidden_state
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits of decoder states."""
-        return hidden @ self.decoder.embed_tokens.weight.T
-
     def forward(self, pack: Pack) -> dict[str, Tensor]:
-        """``logits`` [K, V], ``labels`` [K], ``modality`` [K] (of the position's document). A pack without samples gives none."""
+        """``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position. A pack without samples gives none."""
         if not pack.sample_ids:
             pack = self._dummy(pack)
         memory, memory_mask = self.encode(pack)
@@ -80,11 +85,13 @@ class EncoderDecoder(nn.Module):
         labels, is_token = pad_rows(pack.shift_labels[is_text], lengths)
         has_label = (labels != IGNORE_INDEX) & is_token
         hidden = self.decode(ids, memory, memory_mask)
-        logits = self.head(hidden[has_label])
+        head = self.text_decoder.head
+        logits = head(hidden[has_label])
         rows = torch.arange(len(lengths), device=ids.device)[:, None].expand_as(labels)
         return {
-            "logits": logits if len(logits) else logits + 0.0 * self.head(hidden[:1, 0]).sum(),
+            "logits": logits if len(logits) else logits + 0.0 * head(hidden[:1, 0]).sum(),
             "labels": labels[has_label],
+            "document": rows[has_label],
             "modality": pack.doc_modality[rows[has_label]],
         }
 
@@ -121,7 +128,7 @@ class EncoderDecoder(nn.Module):
             ids, _ = pad_rows(torch.tensor(sum(rows, []), device=memory.device), lengths)
             hidden = self.decode(ids, memory, memory_mask)
             last = hidden[torch.arange(len(rows)), torch.tensor(lengths) - 1]
-            for n, token in enumerate(self.head(last).argmax(-1).tolist()):
+            for n, token in enumerate(self.text_decoder.head(last).argmax(-1).tolist()):
                 if is_open[n] and token == stop_id:
                     is_open[n] = False
                 if is_open[n]:

@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
     def forward(self, pack: Pack, media: MediaEmbeds | None = None) -> dict[str, Tensor]:
         """Logits at the labelled positions and the router's sums.
 
-        Returns ``logits`` [K, V], ``labels`` [K], ``modality`` [K] (of the position's document), ``router_probabilities``
+        Returns ``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position, ``router_probabilities``
         [L, E] (with gradient) and ``router_counts`` [L, E]; both zero for a pack without samples.
         """
         embeds, is_visual, deepstack = self.merge(pack.input_ids, media)
@@ -83,6 +83,7 @@ class LanguageModel(nn.Module):
         return {
             "logits": logits if len(logits) else logits + 0.0 * self.lm_head(hidden[:1]).sum(),
             "labels": pack.shift_labels[has_label],
+            "document": document[has_label],
             "modality": pack.doc_modality[document[has_label]],
             "router_probabilities": probabilities * is_real,
             "router_counts": counts * is_real,

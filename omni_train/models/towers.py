@@ -26,11 +26,12 @@ def halve(length: Tensor) -> Tensor:
     return (length - 1) // 2 + 1
 
 
-@dataclass(slots=True)
+@dataclass
 class MediaEmbeds:
     """What the towers give the LLM: audio [A, H]; visual [V, H] and one [V, H] a DeepStack level, pictures before videos.
 
     ``anchor`` is a zero that depends on every tower parameter, so that every rank's graph reaches all of them.
+    NOTE: no slots here: ZeRO-3's hooks look for tensors in vars(output).
     """
 
     audio: Tensor

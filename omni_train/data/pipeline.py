@@ -1,0 +1,134 @@
+"""From a run's configuration to packs: shards → index → planner → reader → encoder → packs.
+
+The only place that puts the parts of the data layer together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from omni_train.config import ConfigError, RunConfig, SourceConfig, VisionModelConfig
+from omni_train.data.chatml import Describe
+from omni_train.data.contracts import Pack, PackPlan
+from omni_train.data.encode import Encoder, collate, dummy_pack
+from omni_train.data.index import ShardIndex, ensure_index, expand
+from omni_train.data.loader import PackReader, StepLoader
+from omni_train.data.media_tokens import MediaGeometry
+from omni_train.data.planner import Planner, Source, plan_once
+from omni_train.data.tokenizer import fingerprint, load_tokenizer
+
+
+@dataclass(slots=True)
+class PackBuilder:
+    """Reads and encodes the documents of a plan (in a worker or inline). Picklable, stateless.
+
+    ``audio_window_sec`` (least, most): the attention window of each clip, drawn from (seed, sample id).
+    """
+
+    reader: PackReader
+    encoder: Encoder
+    audio_window_sec: tuple[int, int]
+    seed: int
+
+    def __call__(self, plan: PackPlan) -> Pack:
+        documents = []
+        for planned in plan.documents:
+            document = self.encoder.encode(self.reader.read(planned), planned.start, planned.stop)
+            if document.num_tokens != planned.num_tokens:
+                raise ConfigError(
+                    f"sample {document.sample_id} has {document.num_tokens} tokens, its index says {planned.num_tokens}; "
+                    "rebuild the index with `omni-train data index`"
+                )
+            documents.append(document)
+        windows = [self._window(document.sample_id, plan.step) for document in documents for _ in document.mels]
+        return collate(documents, windows)
+
+    def _window(self, sample_id: str, step: int) -> int:
+        least, most = self.audio_window_sec
+        key = hashlib.blake2b(f"{self.seed}/{sample_id}/{step}".encode(), digest_size=4).digest()
+        return least + int.from_bytes(key, "little") % (most - least + 1)
+
+
+def media_geometry(vision: VisionModelConfig) -> MediaGeometry:
+    """How pictures become patches for a vision encoder of these sizes."""
+    return MediaGeometry(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        min_pixels=vision.min_pixels,
+        max_pixels=vision.max_pixels,
+    )
+
+
+class DataPipeline:
+    """The data of one run: its training packs by step, and its validation packs by source."""
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, media_geometry(config.model.vision), config.stage.loss_on.name)
+
+    @staticmethod
+    def of(config: RunConfig) -> DataPipeline:
+        """The pipeline with the tokenizer that the configuration names."""
+        return DataPipeline(config, load_tokenizer(Path(config.data.tokenizer)))
+
+    def indexed(self, patterns: list[str]) -> list[tuple[str, ShardIndex]]:
+        """(shard, index) of every shard that the patterns match, missing indexes built."""
+        root = Path(self.config.data.root)
+        shards = expand([pattern if "://" in pattern else str(root / pattern) for pattern in patterns])
+        describe = Describe(self.config.data.tokenizer)
+        indexes = ensure_index(shards, describe, fingerprint(self.tokenizer))
+        return list(zip(map(str, shards), indexes, strict=True))
+
+    def _source(self, name: str, settings: SourceConfig, shards: list[tuple[str, ShardIndex]]) -> Source:
+        lengths = [np.array([self.encoder.num_tokens(f) for f in index.samples], dtype=np.int64) for _, index in shards]
+        splittable = [np.array([not f.media for f in index.samples], dtype=bool) for _, index in shards]
+        return Source(name, settings.weight, lengths, splittable, settings.max_epochs)
+
+    def _builder(self, shards: dict[str, list[tuple[str, ShardIndex]]]) -> PackBuilder:
+        least, most = self.config.stage.audio_window_sec
+        return PackBuilder(PackReader(shards), self.encoder, (least, most), self.config.data.seed)
+
+    def loader(self, rank: int, world: int) -> StepLoader:
+        """Training packs of this rank, step by step."""
+        config = self.config
+        shards = {name: self.indexed(source.shards) for name, source in config.mixture.items()}
+        sources = [self._source(name, config.mixture[name], found) for name, found in shards.items()]
+        planner = Planner(
+            sources,
+            context=config.stage.context,
+            lanes=config.data.lanes,
+            packs_per_lane=config.data.packs_per_lane,
+            seed=config.data.seed,
+            block_size=config.data.block_size,
+        )
+        return StepLoader(
+            planner, self._builder(shards), self.dummy, rank, world, num_workers=config.data.num_workers
+        )
+
+    def dummy(self) -> Pack:
+        """A pack without samples, for a rank that has none."""
+        return dummy_pack(self.encoder.geometry, self.encoder.ids)
+
+    def validation_packs(self, name: str, patterns: list[str], max_tokens: int) -> list[PackPlan]:
+        """Plans of one ordered pass over a validation source, cut after ``max_tokens``."""
+        source = self._source(name, SourceConfig(shards=patterns, weight=1.0), self.indexed(patterns))
+        plans, total = [], 0
+        for step, documents in enumerate(plan_once(source, self.config.stage.context)):
+            if total >= max_tokens:
+                break
+            total += sum(document.num_tokens for document in documents)
+            plans.append(PackPlan(step, 0, 0, documents))
+        return plans
+
+    def validation_builder(self, name: str, patterns: list[str]) -> PackBuilder:
+        """Reads the packs that ``validation_packs`` planned; audio windows are the longest allowed."""
+        builder = self._builder({name: self.indexed(patterns)})
+        builder.audio_window_sec = (self.config.stage.audio_window_sec[1],) * 2
+        return builder

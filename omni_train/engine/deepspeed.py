@@ -1,0 +1,108 @@
+"""DeepSpeed engines from typed configuration: the only place that knows DeepSpeed's dictionary."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from omni_train.config import ComponentConfig, EngineConfig, Precision, StageConfig
+from omni_train.models.components import parameter_groups
+
+MOE_LAYERS = r"(llm\.)?model\.layers\.\d+\.mlp"
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module holds MoE blocks that AutoEP takes over."""
+    return any(name.endswith("mlp.experts.gate_up_proj") for name, _ in module.named_parameters())
+
+
+def deepspeed_config(
+    engine: EngineConfig, stage: StageConfig, *, is_trained: bool, moe: Any | None, micro_batches: int
+) -> dict[str, Any]:
+    """The DeepSpeed dictionary of one engine. ``moe`` is the text configuration of a module with experts, else None.
+
+    Loss scaling over micro-batches is ours (sum / global count), so DeepSpeed's own averaging is bypassed at backward.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches if is_trained else 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": engine.zero_stage if is_trained else 0},
+    }
+    if engine.precision is Precision.bf16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if moe is not None:
+        config["expert_parallel"] = {
+            "enabled": True,
+            "autoep_size": engine.expert_parallel,
+            "preset_model": "qwen3_moe",
+            "moe_layer_pattern": MOE_LAYERS,
+            "top_k": moe.num_experts_per_tok,
+            "route_norm": moe.norm_topk_prob,
+        }
+    if is_trained:
+        # overlap_comm needs streams; on CPU it only adds copies.
+        config["zero_optimization"] |= {"overlap_comm": engine.device == "cuda", "contiguous_gradients": True}
+        config["gradient_clipping"] = stage.grad_clip
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {"lr": 0.0, "betas": list(stage.betas), "eps": 1e-8, "torch_adam": engine.device == "cpu"},
+        }
+    return config
+
+
+def build_engine(
+    module: nn.Module,
+    engine: EngineConfig,
+    stage: StageConfig,
+    components: dict[str, ComponentConfig] | None,
+    *,
+    micro_batches: int,
+):
+    """A DeepSpeed engine that trains ``components`` of ``module``; or, without them, the frozen module, its experts sharded.
+
+    NOTE: a frozen module is called directly: its engine's forward would refuse the backward that flows through it.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    config = deepspeed_config(
+        engine,
+        stage,
+        is_trained=components is not None,
+        moe=module.config if has_experts(module) else None,
+        micro_batches=micro_batches,
+    )
+    if components is None:
+        module.requires_grad_(False)
+        return deepspeed.initialize(model=module, config=config)[0].module
+    return deepspeed.initialize(model=module, model_parameters=parameter_groups(module, components), config=config)[0]
+
+
+def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: float) -> None:
+    """Each group's rate = its component's rate × scale."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = components[group["component"]].lr * scale
+
+
+class GradientGuard:
+    """Notices non-finite gradients of trained parameters as they are made, before any reduction can hide where they came from."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._look)
+
+    def _look(self, grad: torch.Tensor) -> None:
+        self.bad |= ~grad.isfinite().all()
+
+    def take(self) -> torch.Tensor:
+        """Whether a non-finite gradient was seen since the last call, as a bool tensor."""
+        seen, self.bad = self.bad, torch.zeros_like(self.bad)
+        return seen

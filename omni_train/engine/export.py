@@ -1,0 +1,144 @@
+"""Full weights out of engines: experts gathered over EP, parameters over ZeRO-3, names of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
+
+from omni_train.config import ModelConfig, Objective, RunConfig, to_dict
+from omni_train.engine.checkpoint import fsync_folder, fsync_tree
+from omni_train.models.build import build_thinker, thinker_config
+from omni_train.models.components import component_of
+
+
+def gathered(parameter: nn.Parameter):
+    """Context in which a ZeRO-3 parameter is whole (nothing to do for others)."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter])
+    return contextlib.nullcontext()
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    with gathered(parameter):
+        return parameter.detach().clone()
+
+
+def _over_experts(tensor: Tensor, group: Any) -> Tensor:
+    """Experts of all EP ranks [E, ...] from this rank's [E / ep, ...]."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter of a module by its own name before AutoEP took it over, whole, on CPU. Collective: all ranks call it."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    state: dict[str, Tensor] = {}
+    expert_layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, AutoEPMoELayer)}
+    for name, layer in expert_layers.items():
+        w1, w2, w3 = (_over_experts(_whole(getattr(layer.experts, w)), layer.ep_group) for w in ("w1", "w2", "w3"))
+        state[f"{name}.experts.gate_up_proj"] = torch.cat([w1, w3], dim=1).cpu()
+        state[f"{name}.experts.down_proj"] = w2.cpu()
+        state[f"{name}.gate.weight"] = _whole(layer.router.gate.weight).cpu()
+    for name, parameter in module.named_parameters():
+        if not any(name.startswith(f"{layer}.") for layer in expert_layers):
+            state[name] = _whole(parameter).cpu()
+    return state
+
+
+def component_hashes(state: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each component's weights, for proofs that a frozen part did not move."""
+    digests: dict[str, Any] = {}
+    for name in sorted(state):
+        digest = digests.setdefault(component_of(name), hashlib.sha256())
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return {component: digest.hexdigest() for component, digest in digests.items()}
+
+
+
+def stock_name(name: str) -> str:
+    """Our parameter name → that of Qwen3OmniMoeThinkerForConditionalGeneration in memory."""
+    name = name.removeprefix("towers.").removeprefix("llm.")
+    if name.startswith(("audio_tower.", "visual.")):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
+def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the modules of a stage as a transformers folder, committed by rename. Collective: all ranks call it.
+
+    Thinker stages write a whole Qwen3OmniMoeThinkerForConditionalGeneration, with the towers of ``config.init`` where the
+    stage has none (text_pretrain). AuT and the captioner write their encoder under its name in the Thinker, and their decoder.
+    """
+    state: dict[str, Tensor] = {}
+    for module in modules.values():
+        state |= full_state_dict(module)
+    if dist.get_rank() == 0:
+        temporary = folder.with_name(f"tmp_{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        if config.stage.objective is Objective.next_token:
+            write_thinker(state, config, tokenizer, temporary)
+        else:
+            write_encoder_decoder(state, config, temporary)
+        tokenizer.save_pretrained(temporary)
+        write_processor(config.model, temporary)
+        fsync_tree(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    dist.barrier()
+
+
+def write_thinker(state: dict[str, Tensor], config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a Thinker with stock transformers (per-expert names on disk) from full weights by our names."""
+    hf_config = thinker_config(config.model, tokenizer, config.stage.yarn_factor)
+    state = {stock_name(name): tensor for name, tensor in state.items()}
+    whole = build_thinker(hf_config, seed=config.seed, device="meta")
+    missing = {name for name, _ in whole.named_parameters()} - set(state)
+    if missing:  # a stage of the LLM alone: the towers are those that any stage of this seed starts from
+        initial = build_thinker(hf_config, seed=config.seed).state_dict()
+        state |= {name: initial[name] for name in missing}
+    whole.save_pretrained(folder, state_dict=state)
+
+
+def write_encoder_decoder(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
+    """Save AuT or the captioner: one safetensors file and a config.json with the preset's sizes."""
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    description = {"model_type": f"omni_train_{config.stage.objective.name}", "model": to_dict(config)["model"]}
+    (folder / "config.json").write_text(json.dumps(description, indent=2))
+
+
+def write_processor(model: ModelConfig, folder: Path) -> None:
+    """The processor files that stock transformers needs beside a Thinker: mel features and picture patches."""
+    vision = model.vision
+    WhisperFeatureExtractor(feature_size=model.audio.num_mel_bins).save_pretrained(folder)
+    description = json.loads((folder / "preprocessor_config.json").read_text())
+    description |= {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "min_pixels": vision.min_pixels,
+        "max_pixels": vision.max_pixels,
+        "size": {"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3OmniMoeProcessor",
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(description, indent=2))

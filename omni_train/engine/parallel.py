@@ -1,0 +1,78 @@
+"""Process groups and the few reductions of the loop."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from omni_train.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Who this process is."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(engine: EngineConfig) -> Ranks:
+    """Join the process group that the environment (ours or torchrun's) describes, and set threads and device."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if engine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(local_rank)
+    torch.set_num_threads(engine.threads)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    timeout = datetime.timedelta(seconds=engine.timeout_sec)
+    backend = "gloo" if engine.device == "cpu" else "nccl"
+    if not dist.is_initialized():
+        # NOTE: a store of our own with a prefix per attempt: torchrun's restarts reuse stale gloo addresses.
+        store = dist.PrefixStore(
+            f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ,
+                timeout=timeout,
+            ),
+        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        import deepspeed
+
+        deepspeed.init_distributed(backend, verbose=False)
+    device = torch.device("cpu") if engine.device == "cpu" else torch.device("cuda", local_rank)
+    return Ranks(rank, world, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks, in place; float64 on CPU keeps token counts exact."""
+    dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank when it is true on one."""
+    value = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

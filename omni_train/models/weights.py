@@ -1,0 +1,89 @@
+"""Reading any component's weights from a local transformers folder (ours, Qwen3, Qwen3-VL, Qwen3-Omni, AuT).
+
+Only the tensors that are asked for are read. Experts stored one by one are stacked into the fused form.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from omni_train.config import ConfigError
+from omni_train.models.components import component_of
+
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+
+
+def canonical(name: str) -> str:
+    """One spelling for a parameter in our modules, in memory in transformers, and in the folders of the Qwen3 family."""
+    for prefix in ("thinker.", "towers.", "llm."):
+        name = name.removeprefix(prefix)
+    for part in ("visual.", "audio_tower."):
+        name = re.sub(rf"^model\.{re.escape(part)}", part, name)
+    return re.sub(r"^model\.language_model\.", "model.", name)
+
+
+class WeightFolder:
+    """The tensors of a folder of safetensors files by canonical name, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"no *.safetensors file in '{folder}'; give a local transformers folder")
+        self.handles = [safe_open(file, framework="pt") for file in files]
+        self.where = {canonical(key): (handle, key) for handle in self.handles for key in handle.keys()}
+
+    def read(self, name: str) -> Tensor | None:
+        """The tensor of a canonical name, experts stacked; None when the folder has none."""
+        if name in self.where:
+            handle, key = self.where[name]
+            return handle.get_tensor(key)
+        if match := EXPERT.match(name):
+            return self._stack_experts(*match.groups())
+        return None
+
+    def _stack_experts(self, prefix: str, which: str) -> Tensor | None:
+        experts: list[Tensor] = []
+        while f"{prefix}.{len(experts)}.down_proj.weight" in self.where:
+            stem = f"{prefix}.{len(experts)}"
+            parts = ("gate_proj", "up_proj") if which == "gate_up_proj" else ("down_proj",)
+            experts.append(torch.cat([self.read(f"{stem}.{part}.weight") for part in parts]))
+        return torch.stack(experts) if experts else None
+
+
+@torch.no_grad()
+def load_components(module: nn.Module, folder: Path, components: set[str]) -> set[str]:
+    """Copy these components' weights from ``folder`` into ``module`` and return which of them the module has.
+
+    Raises ConfigError naming a tensor that is missing or has another shape.
+    """
+    weights, found = WeightFolder(folder), set()
+    for name, parameter in module.named_parameters():
+        component = component_of(name)
+        if component not in components:
+            continue
+        found.add(component)
+        tensor = weights.read(canonical(name))
+        if tensor is None and name.endswith("lm_head.weight"):
+            tensor = weights.read("model.embed_tokens.weight")  # tied in that folder
+        if tensor is None:
+            raise ConfigError(f"'{folder}' has no tensor '{canonical(name)}' of component {component}; {_hint(folder)}")
+        if tensor.shape != parameter.shape:
+            raise ConfigError(
+                f"'{canonical(name)}' is {list(tensor.shape)} in '{folder}', the model needs {list(parameter.shape)}; "
+                "choose the preset that the folder was made with"
+            )
+        parameter.copy_(tensor)
+    return found
+
+
+def _hint(folder: Path) -> str:
+    config = Path(folder) / "config.json"
+    kind = json.loads(config.read_text()).get("model_type", "unknown") if config.exists() else "without a config.json"
+    return f"it is a folder of model type '{kind}'"

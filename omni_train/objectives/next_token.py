@@ -1,0 +1,70 @@
+"""Cross-entropy at labelled positions with the router's balance loss: sums, to be divided by global counts.
+
+Used by the Thinker (next token) and by the encoder–decoders (next token given media). K labelled positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Pack
+from omni_train.models.moe import balance_loss_sum
+
+
+@dataclass(slots=True)
+class LossTerm:
+    """One summand of a trained engine's loss: ``weight`` × ``sum`` / (global count of ``name``)."""
+
+    engine: str
+    name: str
+    sum: Tensor
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class Losses:
+    """What an objective returns for one pack: the terms to train on, and sums to report.
+
+    ``modality_sums`` [2, M]: loss in nats and number of labels by modality. ``router_counts`` [L, E] or None.
+    """
+
+    terms: list[LossTerm]
+    modality_sums: Tensor
+    router_counts: Tensor | None = None
+
+
+def counts(pack: Pack) -> dict[str, int]:
+    """Counts that a pack adds to the global divisors. A pack without samples adds nothing."""
+    if not pack.sample_ids:
+        return {"next_token": 0, "router": 0}
+    return {"next_token": int((pack.shift_labels != IGNORE_INDEX).sum()), "router": pack.num_tokens}
+
+
+def token_losses(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
+    """Cross-entropy in nats at each position, [K] float32; 0-weighted placeholder logits give an empty-label zero."""
+    if len(labels_K) == 0:
+        return logits_KV.float().sum()[None] * 0.0
+    return F.cross_entropy(logits_KV.float(), labels_K, reduction="none")
+
+
+def next_token_losses(
+    output: dict[str, Tensor], engine: str, router_fractions: Tensor | None, router_aux_coef: float
+) -> Losses:
+    """Loss terms of a model's output (see LanguageModel.forward).
+
+    ``router_fractions`` [L, E] are the previous step's global expert fractions; None where there is no router.
+    """
+    losses = token_losses(output["logits"], output["labels"])
+    terms = [LossTerm(engine, "next_token", losses.sum())]
+    modality_sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
+    if len(output["labels"]):
+        modality_sums[0].index_add_(0, output["modality"], losses.detach().double())
+        modality_sums[1].index_add_(0, output["modality"], torch.ones_like(losses, dtype=torch.float64))
+    if router_fractions is not None:
+        aux = balance_loss_sum(output["router_probabilities"], router_fractions)
+        terms.append(LossTerm(engine, "router", aux, router_aux_coef))
+    return Losses(terms, modality_sums, output.get("router_counts"))

@@ -1,0 +1,124 @@
+"""A stage put together: trained engines by name, frozen models by name, a forward that composes them.
+
+    next_token, LLM trained          engine "thinker" (or "llm" when only the LLM trains)
+    next_token, LLM frozen (S1)      engine "towers", frozen "llm" under expert parallelism
+    transcription, captioning        engine "aut" or "captioner"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from omni_train.config import ConfigError, Objective, RunConfig
+from omni_train.data.contracts import Pack
+from omni_train.engine.deepspeed import build_engine
+from omni_train.engine.parallel import Ranks
+from omni_train.models.build import build_decoder, build_encoder, build_thinker, thinker_config
+from omni_train.models.components import Inventory, freeze_all_but
+from omni_train.models.encoder_decoder import EncoderDecoder
+from omni_train.models.thinker import compose
+from omni_train.models.weights import load_components
+
+TOWER_COMPONENTS = {"audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
+
+
+@dataclass(slots=True)
+class Stage:
+    """What the loop needs of a stage. ``forward`` maps a pack to the model's output; ``engine`` names the trained engine."""
+
+    engines: dict[str, Any]
+    frozen: dict[str, nn.Module]
+    engine: str
+    forward: Callable[[Pack], dict[str, Tensor]]
+    inventory: list[Inventory]
+    router_shape: tuple[int, int] | None  # layers, experts
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of all engines by name."""
+        return {name: engine.module for name, engine in self.engines.items()} | self.frozen
+
+
+def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, nn.Module]:
+    """The unsharded fp32 modules of a stage by engine name, weights loaded from ``config.init``."""
+    model, objective = config.model, config.stage.objective
+    modules: dict[str, nn.Module]
+    if objective is Objective.next_token:
+        thinker = compose(build_thinker(thinker_config(model, tokenizer, config.stage.yarn_factor), seed=config.seed))
+        trained = set(config.stage.components)
+        if trained == {"llm"}:
+            modules = {"llm": thinker.llm}
+        elif "llm" in trained:
+            modules = {"thinker": thinker}
+        else:
+            modules = {"towers": thinker.towers, "llm": thinker.llm}
+    else:
+        kind = "audio" if objective is Objective.transcription else "vision"
+        width = model.audio.d_model if kind == "audio" else model.vision.hidden_size
+        media_token = "<|audio_pad|>" if kind == "audio" else "<|image_pad|>"
+        modules = {
+            "aut" if kind == "audio" else "captioner": EncoderDecoder(
+                build_encoder(model, kind, seed=config.seed),
+                build_decoder(model, width, seed=config.seed + 1),
+                kind,
+                tokenizer.convert_tokens_to_ids(media_token),
+            )
+        }
+    load_init(modules, config.init)
+    return modules
+
+
+def load_init(modules: dict[str, nn.Module], init: dict[str, str]) -> None:
+    """Load components from their folders; a component that no module of the stage has is an error."""
+    from omni_train.models.components import component_of
+
+    present = {component_of(name) for module in modules.values() for name, _ in module.named_parameters()}
+    chosen = {component: init["all"] for component in present} if "all" in init else {}
+    chosen |= {name: folder for name, folder in init.items() if name != "all"}
+    for component, folder in chosen.items():
+        if component not in present:
+            raise ConfigError(f"init.{component}: this stage has no such component; it has {', '.join(sorted(present))}")
+        for module in modules.values():
+            load_components(module, Path(folder), {component})
+
+
+def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, micro_batches: int) -> Stage:
+    """Engines of a stage, trainable parameters checked against the configuration."""
+    modules = build_modules(config, tokenizer)
+    components = config.stage.components
+    inventory = freeze_all_but(modules.values(), components)
+    if config.engine.recompute:
+        for module in modules.values():
+            enable_recompute(module)
+    engines, frozen = {}, {}
+    for name, module in modules.items():
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        built = build_engine(
+            module, config.engine, config.stage, components if is_trained else None, micro_batches=micro_batches
+        )
+        (engines if is_trained else frozen)[name] = built
+        built.train()
+    everything = {**engines, **frozen}
+    if "towers" in everything:
+        towers, llm = everything["towers"], everything["llm"]
+
+        def forward(pack: Pack) -> dict[str, Tensor]:
+            return llm(pack, towers(pack))
+    else:
+        forward = next(iter(everything.values()))
+    text = config.model.text
+    has_router = config.stage.objective is Objective.next_token
+    shape = (text.num_hidden_layers, text.num_experts) if has_router else None
+    return Stage(engines, frozen, next(iter(engines)), forward, inventory, shape)
+
+
+def enable_recompute(module: nn.Module) -> None:
+    """Activation checkpointing of every transformer layer. NOTE: the reentrant form gives wrong gradients silently here."""
+    for child in module.modules():
+        if hasattr(child, "gradient_checkpointing_enable"):
+            child.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

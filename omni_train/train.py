@@ -1,0 +1,347 @@
+"""The loop: the only one. next packs → forward → losses → backward → step → log → save.
+
+    loss of a micro-batch = Σ over terms of weight × local sum / global count   (counts over all ranks and micro-batches)
+
+so a step is the same for every split of its packs into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from omni_train.config import RunConfig, Schedule, StageConfig, to_dict
+from omni_train.data.contracts import MODALITIES, Pack
+from omni_train.data.mixture import OutOfData
+from omni_train.data.pipeline import DataPipeline
+from omni_train.engine import checkpoint, parallel
+from omni_train.engine.deepspeed import GradientGuard, set_learning_rates
+from omni_train.engine.export import export
+from omni_train.engine.parallel import Ranks
+from omni_train.evaluation.heldout import heldout_losses
+from omni_train.models.moe import expert_health
+from omni_train.objectives.next_token import Losses, counts, next_token_losses
+from omni_train.reporting.metrics import MetricsWriter
+from omni_train.reporting.progress import Progress
+from omni_train.reporting.results import add_stage
+from omni_train.stage import build_stage
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite. Raised before the optimizer step, so the weights are still good."""
+
+
+def learning_rate_scale(stage: StageConfig, tokens: float) -> float:
+    """Factor on every component's rate after ``tokens`` of the stage: linear warm-up, then cosine, linear or constant."""
+    if tokens < stage.warmup_tokens:
+        return max(tokens, 1.0) / stage.warmup_tokens
+    if stage.schedule is Schedule.constant:
+        return 1.0
+    progress = (tokens - stage.warmup_tokens) / max(stage.total_tokens - stage.warmup_tokens, 1.0)
+    progress = min(progress, 1.0)
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if stage.schedule is Schedule.cosine else 1.0 - progress
+    return stage.min_lr_ratio + (1.0 - stage.min_lr_ratio) * shape
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a stage is: what a checkpoint holds besides engines, data cursors and router fractions."""
+
+    step: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """One stage in flight: engines, data, and the state that a checkpoint restores."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.folder = Path(config.run_dir)
+        self.data = DataPipeline.of(config)
+        self.loader = self.data.loader(ranks.rank, ranks.world)
+        micro_batches = math.ceil(config.data.lanes / ranks.world) * config.data.packs_per_lane
+        self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
+        self.guards = [GradientGuard(engine.module, ranks.device) for engine in self.stage.engines.values()]
+        self.position = Position()
+        self.fractions: Tensor | None = None  # [layers, experts], of the step before
+        if self.stage.router_shape is not None:
+            self.fractions = torch.full(self.stage.router_shape, 1.0 / self.stage.router_shape[1], device=ranks.device)
+
+    def losses(self, pack: Pack) -> Losses:
+        """The objective on one pack."""
+        output = self.stage.forward(pack)
+        return next_token_losses(output, self.stage.engine, self.fractions, self.config.stage.router_aux_coef)
+
+    def step(self, packs: list[Pack]) -> dict[str, float]:
+        """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
+
+        Raises NonFiniteError on every rank, before the optimizer moves, when a loss or gradient of any pack is not finite.
+        """
+        divisors = self._global_counts(packs)
+        scale = learning_rate_scale(self.config.stage, self.position.tokens)
+        for engine in self.stage.engines.values():
+            set_learning_rates(engine, self.config.stage.components, scale)
+        sums = StepSums.zeros(self.fractions, self.ranks.device)
+        bad: list[str] = []
+        for number, pack in enumerate(packs):
+            losses = self.losses(pack.to(self.ranks.device))
+            is_finite = True
+            for name, engine in self.stage.engines.items():
+                loss = torch.stack([t.weight * t.sum / divisors[t.name] for t in losses.terms if t.engine == name]).sum()
+                engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
+                is_finite &= bool(loss.isfinite())
+            if not is_finite or any(bool(guard.take()) for guard in self.guards):
+                bad.append(f"pack {number} of rank {self.ranks.rank}: {', '.join(pack.sample_ids)}")
+            sums.add(losses)
+            if number == len(packs) - 1:
+                self._stop_if_not_finite(bad)
+            for engine in self.stage.engines.values():
+                engine.step()
+        return self._finish_step(sums, divisors, scale)
+
+    def _global_counts(self, packs: list[Pack]) -> dict[str, float]:
+        """Divisors of the step: labels and tokens over all ranks and micro-batches (at least 1)."""
+        local = [counts(pack) for pack in packs]
+        names = list(local[0])
+        totals = torch.tensor([sum(c[n] for c in local) for n in names], dtype=torch.float64, device=self.ranks.device)
+        return dict(zip(names, parallel.sum_over_ranks(totals).clamp(min=1).tolist(), strict=True))
+
+    def _stop_if_not_finite(self, bad: list[str]) -> None:
+        if parallel.any_rank(bool(bad), self.ranks.device):
+            found: list[list[str]] = [[] for _ in range(self.ranks.world)]
+            dist.all_gather_object(found, bad)
+            raise NonFiniteError(
+                f"step {self.position.step + 1}: loss or gradient is not finite, stopped before the optimizer step; "
+                f"{'; '.join(sum(found, []))}. Look at these samples, or lower the learning rate"
+            )
+
+    def _finish_step(self, sums: StepSums, divisors: dict[str, float], scale: float) -> dict[str, float]:
+        """Advance the position and the router fractions; metrics of the step."""
+        sums.reduce()
+        self.position.step += 1
+        self.position.tokens += divisors["router"]
+        metrics = {"loss": sums.loss(), **sums.by_modality()}
+        if self.fractions is not None:
+            self.fractions = sums.router_counts / sums.router_counts.sum(-1, keepdim=True).clamp(min=1)
+            metrics["loss/router"] = sums.router / divisors["router"]
+            metrics |= expert_health(sums.router_counts)
+        for engine_name, engine in self.stage.engines.items():
+            metrics[f"grad_norm/{engine_name}"] = float(engine.get_global_grad_norm() or 0.0)
+        for name, component in self.config.stage.components.items():
+            metrics[f"lr/{name}"] = component.lr * scale
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss and exact match by validation source and modality."""
+        metrics: dict[str, float] = {}
+        for engine in (*self.stage.engines.values(), *self.stage.frozen.values()):
+            engine.eval()
+        for name, patterns in self.config.validation.items():
+            plans = self.data.validation_packs(name, patterns, self.config.eval_tokens)
+            builder = self.data.validation_builder(name, patterns)
+            found = heldout_losses(self.stage.forward, plans, builder, self.data.dummy, self.ranks)
+            metrics |= {f"eval/{key.split('/')[0]}/{name}": value for key, value in found.items()}
+        for engine in (*self.stage.engines.values(), *self.stage.frozen.values()):
+            engine.train()
+        return metrics
+
+    def save(self) -> None:
+        """Commit a checkpoint of the current step."""
+        state = {
+            "world": self.ranks.world,
+            "position": asdict(self.position),
+            "planner": self.loader.state_dict(),
+            "fractions": None if self.fractions is None else self.fractions.tolist(),
+        }
+        folder = self.folder / "checkpoints"
+        checkpoint.save(
+            folder, self.position.step, self.stage.engines, state, self.ranks, self.config.keep_checkpoints
+        )
+
+    def resume(self) -> bool:
+        """Continue from the newest committed checkpoint, if there is one."""
+        state = checkpoint.load_newest(self.folder / "checkpoints", self.stage.engines, self.ranks)
+        if state is None:
+            return False
+        self.position = Position(**state["position"])
+        self.loader.load_state_dict(state["planner"])
+        if self.fractions is not None:
+            self.fractions = torch.tensor(state["fractions"], device=self.ranks.device)
+        return True
+
+
+@dataclass(slots=True)
+class StepSums:
+    """Sums over the packs of a step: loss and labels by modality [2, M], router loss, expert assignments [L, E]."""
+
+    modality: Tensor
+    router_loss: Tensor
+    router_counts: Tensor | None
+
+    @staticmethod
+    def zeros(fractions: Tensor | None, device: torch.device) -> StepSums:
+        return StepSums(
+            torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+            None if fractions is None else torch.zeros_like(fractions),
+        )
+
+    def add(self, losses: Losses) -> None:
+        self.modality += losses.modality_sums
+        for term in losses.terms:
+            if term.name == "router":
+                self.router_loss += term.sum.detach()
+        if self.router_counts is not None:
+            self.router_counts += losses.router_counts
+
+    def reduce(self) -> None:
+        """Sum over ranks."""
+        flat = torch.cat([self.modality.flatten(), self.router_loss[None]])
+        parallel.sum_over_ranks(flat)
+        self.modality, self.router_loss = flat[:-1].view_as(self.modality), flat[-1]
+        if self.router_counts is not None:
+            parallel.sum_over_ranks(self.router_counts)
+
+    @property
+    def router(self) -> float:
+        return float(self.router_loss)
+
+    def loss(self) -> float:
+        """Mean cross-entropy in nats a labelled token."""
+        return float(self.modality[0].sum() / self.modality[1].sum().clamp(min=1))
+
+    def by_modality(self) -> dict[str, float]:
+        return {
+            f"loss/{name}": float(self.modality[0, n] / self.modality[1, n])
+            for n, name in enumerate(MODALITIES)
+            if self.modality[1, n] > 0
+        }
+
+
+class StopSignal:
+    """Remembers TERM or USR1, so that the run saves at the end of a step and leaves; all ranks agree through a reduction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seen, self.device = False, device
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.seen = True
+
+    def __bool__(self) -> bool:
+        return parallel.any_rank(self.seen, self.device)
+
+
+def train(config: RunConfig) -> None:
+    """Run one stage to its token budget, from its newest checkpoint if there is one, and export it.
+
+    Raises SystemExit(85) after saving when a stop signal came.
+    """
+    ranks = parallel.start(config.engine)
+    trainer = Trainer(config, ranks)
+    folder = trainer.folder
+    if ranks.is_main:
+        describe_run(config, trainer)
+    is_resumed = trainer.resume()
+    position = trainer.position
+    writer = MetricsWriter(
+        folder,
+        wandb_project=config.wandb_project,
+        wandb_mode=config.wandb_mode,
+        config=to_dict(config),
+        is_writer=ranks.is_main,
+    )
+    if is_resumed:
+        writer.truncate_after(position.step)
+    stage, total = config.stage, int(config.stage.total_tokens)
+    progress = Progress(stage.name, total, done_tokens=int(position.tokens), enabled=ranks.is_main)
+    stop = StopSignal(ranks.device)
+    while position.tokens < total:
+        started = time.perf_counter()
+        try:
+            packs = trainer.loader.next_step()
+        except OutOfData:
+            break
+        before = position.tokens
+        metrics = trainer.step(packs)
+        if config.eval_every_steps and position.step % config.eval_every_steps == 0:
+            metrics |= trainer.evaluate()
+        seconds = time.perf_counter() - started
+        position.seconds += seconds
+        tokens = position.tokens - before
+        record = {"step": position.step, "tokens": position.tokens, "tokens_per_second": tokens / seconds, **metrics}
+        writer.log(record, position.step)
+        progress.update(int(tokens), metrics)
+        if stop:
+            trainer.save()
+            raise SystemExit(85)
+        if position.step % config.save_every_steps == 0:
+            trainer.save()
+    progress.close()
+    finish(trainer, writer)
+
+
+def finish(trainer: Trainer, writer: MetricsWriter) -> None:
+    """Last evaluation, export, and the stage's line in results.json."""
+    config, position = trainer.config, trainer.position
+    metrics = trainer.evaluate()
+    writer.log({"step": position.step, "tokens": position.tokens, **metrics}, position.step)
+    modules = trainer.stage.modules()
+    export(modules, config, trainer.data.tokenizer, trainer.folder / "export")
+    if trainer.ranks.is_main:
+        losses = {key.removeprefix("eval/loss/"): value for key, value in metrics.items() if key.startswith("eval/loss/")}
+        exact = {key.removeprefix("eval/exact/"): value for key, value in metrics.items() if key.startswith("eval/exact/")}
+        add_stage(
+            trainer.folder.parent,
+            {
+                "name": config.stage.name,
+                "tokens": int(position.tokens),
+                "seconds": position.seconds,
+                "tokens_per_second": position.tokens / max(position.seconds, 1e-9),
+                "loss": losses,
+                "exact": exact,
+            },
+        )
+        (trainer.folder / "DONE").write_text(json.dumps({"step": position.step, "tokens": position.tokens}) + "\n")
+    writer.close()
+    trainer.loader.close()
+    dist.barrier()
+    parallel.stop()
+
+
+def describe_run(config: RunConfig, trainer: Trainer) -> None:
+    """Write the resolved configuration, the mixture and the environment into the run folder; print what trains."""
+    folder = trainer.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    mixture = {name: source.weight for name, source in config.mixture.items()}
+    with open(folder / "mixture.jsonl", "a") as file:
+        file.write(json.dumps({"event": "start", "weights": mixture}) + "\n")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+    for line in trainer.stage.inventory:
+        state = f"lr {line.lr:g}" if line.is_trained else "frozen"
+        print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state}", flush=True)
+
+
+def environment() -> dict[str, str]:
+    """Versions and git commit that a run was made with."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "deepspeed", "webdataset", "hydra-core", "tokenizers", "numpy")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    ).stdout.strip()
+    return {name: version(name) for name in names} | {"git_commit": commit, "cpu_count": str(os.cpu_count())}
