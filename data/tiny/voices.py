@@ -117,6 +117,9 @@ class Espeak:
         if self.sample_rate_hz <= 0:
             raise RuntimeError(f"espeak_Initialize failed with {self.sample_rate_hz} on {data_path!r}")
         self.library.espeak_SetSynthCallback(self.callback)
+        # NOTE: breath noise (f2, f3, f5, Alicia, Reed, victor) is drawn from a generator seeded by the clock at start.
+        self.library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        self.library.espeak_ng_SetRandSeed(1)
 
     def _collect(self, wave: int | None, num_samples: int, _events: int | None) -> int:
         if wave and num_samples > 0:
