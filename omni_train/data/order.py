@@ -163,13 +163,11 @@ class LaneCursor:
         return [self._epoch, self._window, self._done, self._start]
 
     def load_state(self, epoch: int, window: int, done: int, start: int) -> None:
-        self._epoch, self._window, self._done, self._start = epoch, window, done, start
+        """Goes to a state. One past what a smaller max_epochs leaves of the window is at the end of the window."""
         self._samples = self._order.window(self._lane, epoch, window)
-        if done > len(self._samples):
-            raise ValueError(
-                f"source {self._order.source.name!r}, lane {self._lane}: the state has done {done} samples of a "
-                f"window of {len(self._samples)}; the state is damaged"
-            )
+        if done >= len(self._samples):
+            done, start = len(self._samples), 0
+        self._epoch, self._window, self._done, self._start = epoch, window, done, start
 
 
 def _cut_blocks(shard: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,20 @@ import numpy as np
 class BestFitPacker:
     """Online best-fit packing over at most ``num_bins`` open bins of ``context`` tokens.
 
-    A document goes to the bin that it leaves with the least room. A bin closes when it is exactly full, or as the
-    fullest when more than ``num_bins`` are open. Items are opaque; they come back in the order in which they were
-    added.
+    A document goes to the bin that it leaves with the least room. A bin closes when it is exactly full; when more than
+    ``num_bins`` are open, the fullest does, or, given a ``cost`` of a bin's items, the cheapest of those with at most
+    ``slack`` tokens of room. Items are opaque; they come back in the order in which they were added.
     """
 
-    def __init__(self, context: int, num_bins: int = 12):
-        if context < 1 or num_bins < 1:
-            raise ValueError(f"context ({context} tokens) and num_bins ({num_bins}) must be at least 1")
+    def __init__(
+        self, context: int, num_bins: int = 12, *, slack: int = 0, cost: Callable[[list[Any]], float] | None = None
+    ):
+        if context < 1 or num_bins < 1 or slack < 0:
+            raise ValueError(f"context ({context} tokens), num_bins ({num_bins}) must be >= 1 and slack ({slack}) >= 0")
         self.context = context
         self.num_bins = num_bins
+        self._slack = slack
+        self._cost = cost
         self._room: list[int] = []
         self._items: list[list[Any]] = []
 
@@ -45,11 +50,18 @@ class BestFitPacker:
         self._items[best].append(item)
         if self._room[best] == 0:
             return self._close(best)
-        return self.close_fullest() if len(self._room) > self.num_bins else None
+        return self.close_one() if len(self._room) > self.num_bins else None
 
-    def close_fullest(self) -> list[Any] | None:
-        """Closes the open bin with the least room (the oldest of equals); None when no bin is open."""
-        return self._close(self._room.index(min(self._room))) if self._room else None
+    def close_one(self) -> list[Any] | None:
+        """Closes the cheapest of the bins with at most ``slack`` room, else the fullest bin; None when none is open."""
+        if not self._room:
+            return None
+        cost = self._cost
+        if cost is None:
+            return self._close(self._room.index(min(self._room)))
+        limit = max(min(self._room), self._slack)
+        ready = [number for number, room in enumerate(self._room) if room <= limit]
+        return self._close(min(ready, key=lambda number: cost(self._items[number])))
 
     def _close(self, number: int) -> list[Any]:
         del self._room[number]

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 
 from omni_train.data.contracts import DocumentPlan, PackPlan
-from omni_train.data.mixture import OutOfData, TokenMixture, WeightSchedule
+from omni_train.data.mixture import OutOfData, PackedShares, TokenMixture, WeightSchedule
 from omni_train.data.order import LaneCursor, Source, SourceOrder, is_usable
 from omni_train.data.packing import BestFitPacker, first_fit
 
 __all__ = ["POLICIES", "OutOfData", "Planner", "Source", "count_left_out", "plan_once"]
 
 STATE_VERSION = 1
+SLACK_PART = 200
+"""Bins with at most context / 200 tokens of room count as full when the shares choose which one closes."""
+
 POLICIES = ("strict", "reweight", "add", "add_remove")
 """What may change between a state and the planner that loads it, each allowing what those before it do: nothing;
 weights and max_epochs; new sources; sources gone."""
@@ -35,12 +38,22 @@ class _Lane:
     """One lane: a cursor into every source, its mixture and its open bins."""
 
     def __init__(
-        self, number: int, orders: list[SourceOrder], overall_credit: list[float], context: int, num_bins: int
+        self,
+        number: int,
+        orders: list[SourceOrder],
+        overall_credit: list[float],
+        packed_shares: PackedShares,
+        *,
+        context: int,
+        num_bins: int,
     ):
+        def imbalance(items: list[Item]) -> float:
+            return packed_shares.imbalance(_tokens_by_source(items, len(orders)))
+
         self.number = number
         self.cursors = [LaneCursor(order, number) for order in orders]
         self.mixture = TokenMixture(len(orders), overall_credit)
-        self.packer = BestFitPacker(context, num_bins)
+        self.packer = BestFitPacker(context, num_bins, slack=context // SLACK_PART, cost=imbalance)
         self.num_documents = [0] * len(orders)
 
     def next_pack(self, events: list[dict[str, Any]], orders: list[SourceOrder]) -> list[Item]:
@@ -59,7 +72,7 @@ class _Lane:
             items = self.packer.add(tokens, (source, *document))
             if items is not None:
                 return items
-        return self.packer.close_fullest() or []
+        return self.packer.close_one() or []
 
 
 class Planner:
@@ -104,9 +117,9 @@ class Planner:
         ]
         self._schedule = WeightSchedule({source.name: source.weight for source in sources})
         self._overall_credit = [0.0] * len(sources)
+        self._packed = PackedShares(len(sources))
         self._lanes = [self._new_lane(number) for number in range(lanes)]
         self._num_packs = 0
-        self._packed_tokens = 0
 
     def next_step(self) -> list[PackPlan]:
         """The lanes × packs_per_lane packs of the next step, ordered by (lane, slot).
@@ -114,43 +127,46 @@ class Planner:
         Once every source has reached max_epochs a lane hands out its open bins and then packs without documents; raises
         OutOfData when no lane has anything left. Weights are those at the first token of the step.
         """
-        weights = self._schedule.weights_at(sum(map(sum, (lane.mixture.drawn for lane in self._lanes))))
+        drawn = self._drawn()
+        weights = self._schedule.weights_at(sum(drawn))
+        self._packed.set_shares(drawn if any(drawn) else weights)
         names = [source.name for source in self.sources]
         plans = []
         for lane in self._lanes:
             lane.mixture.set_weights(weights)
             for slot in range(self.packs_per_lane):
                 items = lane.next_pack(self.events, self._orders)
+                self._packed.book(_tokens_by_source(items, len(names)))
                 documents = [DocumentPlan(names[source], *document) for source, *document in items]
                 plans.append(PackPlan(self.step, lane.number, slot, documents))
         filled = [plan for plan in plans if plan.documents]
         if not filled:
             raise OutOfData(f"all sources have reached max_epochs after {self.step:,} steps")
         self._num_packs += len(filled)
-        self._packed_tokens += sum(document.num_tokens for plan in filled for document in plan.documents)
         self.step += 1
         return plans
 
     def stats(self) -> dict[str, Any]:
         """Steps, packs, packed tokens and fill (packed tokens / room of packs) so far; and per source.
 
-        Per source: tokens and documents drawn (those in open bins included), its share of all tokens drawn, epochs
-        (tokens drawn / tokens of a pass) and the number of samples left out.
+        Per source: ``tokens`` in packs handed out and their ``share``; ``tokens_drawn`` and ``documents`` drawn (those
+        in open bins included); ``epochs`` (tokens drawn / tokens of a pass); ``left_out`` samples.
         """
-        drawn = np.sum([lane.mixture.drawn for lane in self._lanes], axis=0).tolist()
+        drawn, packed = self._drawn(), self._packed.packed
         documents = np.sum([lane.num_documents for lane in self._lanes], axis=0).tolist()
         per_source = {
             order.source.name: {
-                "tokens": drawn[number],
-                "share": drawn[number] / max(1, sum(drawn)),
+                "tokens": packed[number],
+                "share": packed[number] / max(1, sum(packed)),
+                "tokens_drawn": drawn[number],
                 "documents": documents[number],
                 "epochs": drawn[number] / int(order.tokens.sum()),
                 "left_out": order.num_left_out,
             }
             for number, order in enumerate(self._orders)
         }
-        fill = self._packed_tokens / (self._num_packs * self.context) if self._num_packs else 0.0
-        totals = {"steps": self.step, "packs": self._num_packs, "tokens": self._packed_tokens, "fill": fill}
+        fill = sum(packed) / (self._num_packs * self.context) if self._num_packs else 0.0
+        totals = {"steps": self.step, "packs": self._num_packs, "tokens": sum(packed), "fill": fill}
         return totals | {"sources": per_source}
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,7 +176,7 @@ class Planner:
             "shape": dict(self._shape),
             "step": self.step,
             "num_packs": self._num_packs,
-            "packed_tokens": self._packed_tokens,
+            "packed": list(self._packed.packed),
             "sources": [_describe(order) for order in self._orders],
             "overall_credit": list(self._overall_credit),
             "lanes": [_lane_state(lane) for lane in self._lanes],
@@ -178,23 +194,26 @@ class Planner:
         records = _compare_sources(saved, {order.source.name: _describe(order) for order in self._orders}, policy)
         place = {source.name: number for number, source in enumerate(self.sources)}
         numbers = [place.get(name, -1) for name in saved]
+        is_reopened = {place[record["source"]] for record in records if record.get("field") == "max_epochs"}
         lanes = [self._new_lane(number) for number in range(self.lanes)]
         for lane, lane_state in zip(lanes, state["lanes"], strict=True):
-            _load_lane(lane, lane_state, numbers)
+            _load_lane(lane, lane_state, numbers, is_reopened)
         self._lanes = lanes
-        self._overall_credit[:] = [0.0] * len(self.sources)
-        for before, number in enumerate(numbers):
-            if number >= 0:
-                self._overall_credit[number] = state["overall_credit"][before]
+        self._overall_credit[:] = _by_number(state["overall_credit"], numbers, [0.0] * len(self.sources))
+        self._packed.packed[:] = _by_number(state["packed"], numbers, [0] * len(self.sources))
         self.step = state["step"]
         self._num_packs = state["num_packs"]
-        self._packed_tokens = state["packed_tokens"]
         self.events = []
         tokens = sum(sum(lane["drawn"]) for lane in state["lanes"])
         return [record | {"step": self.step, "tokens": tokens} for record in records]
 
+    def _drawn(self) -> list[int]:
+        """Tokens drawn from each source, by all lanes."""
+        return [sum(amounts) for amounts in zip(*(lane.mixture.drawn for lane in self._lanes), strict=True)]
+
     def _new_lane(self, number: int) -> _Lane:
-        return _Lane(number, self._orders, self._overall_credit, self.context, self.num_bins)
+        shared = (self._orders, self._overall_credit, self._packed)
+        return _Lane(number, *shared, context=self.context, num_bins=self.num_bins)
 
     def _check_shape(self, state: dict[str, Any]) -> None:
         if state.get("version") != STATE_VERSION:
@@ -278,16 +297,22 @@ def _lane_state(lane: _Lane) -> dict[str, Any]:
     }
 
 
-def _load_lane(lane: _Lane, state: dict[str, Any], numbers: list[int]) -> None:
-    """Puts a new lane where ``state`` was taken. ``numbers``: today's number of each source of it, -1: removed."""
-    for before, number in enumerate(numbers):
-        if number < 0:
-            continue
-        lane.cursors[number].load_state(*state["cursors"][before])
-        lane.mixture.drawn[number] = state["drawn"][before]
-        lane.mixture.credit[number] = state["credit"][before]
-        lane.mixture.active[number] = state["active"][before]
-        lane.num_documents[number] = state["documents"][before]
+def _load_lane(lane: _Lane, state: dict[str, Any], numbers: list[int], is_reopened: set[int]) -> None:
+    """Puts a new lane where ``state`` was taken.
+
+    ``numbers``: today's number of each source of the state, -1 for one removed. ``is_reopened``: numbers of sources with
+    another max_epochs; exhausted then, they may not be now.
+    """
+    for number, cursor in zip(numbers, state["cursors"], strict=True):
+        if number >= 0:
+            lane.cursors[number].load_state(*cursor)
+    mixture = lane.mixture
+    mixture.drawn = _by_number(state["drawn"], numbers, mixture.drawn)
+    mixture.credit = _by_number(state["credit"], numbers, mixture.credit)
+    mixture.active = _by_number(state["active"], numbers, mixture.active)
+    for number in is_reopened:
+        mixture.active[number] = True
+    lane.num_documents = _by_number(state["documents"], numbers, lane.num_documents)
     bins = []
     for flat in state["bins"]:
         rows = [flat[at : at + 5] for at in range(0, len(flat), 5)]
@@ -295,3 +320,19 @@ def _load_lane(lane: _Lane, state: dict[str, Any], numbers: list[int]) -> None:
         if items:
             bins.append([sum(item[4] - item[3] for item in items), items])
     lane.packer.load_state_dict({"bins": bins})
+
+
+def _by_number(values: list[Any], numbers: list[int], initial: list[Any]) -> list[Any]:
+    """``initial`` with each saved value at today's number of its source; removed ones (-1) are dropped."""
+    result = list(initial)
+    for value, number in zip(values, numbers, strict=True):
+        if number >= 0:
+            result[number] = value
+    return result
+
+
+def _tokens_by_source(items: list[Item], num_sources: int) -> list[int]:
+    tokens = [0] * num_sources
+    for source, _, _, start, stop in items:
+        tokens[source] += stop - start
+    return tokens

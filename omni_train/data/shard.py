@@ -312,10 +312,8 @@ def _number(field: bytes) -> int | None:
     """Value of a numeric header field: octal digits, or base 256 where the first bit is set; None when neither."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    digits = field.split(b"\0", 1)[0].strip()
-    if not digits:
-        return 0
-    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else None
+    digits = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
+    return int(digits.group(1) or b"0", 8) if digits else None
 
 
 def _text(field: bytes) -> str:
