@@ -188,7 +188,13 @@ def _choices(value: object, valid: Sequence[str]) -> str:
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a rendered text, special tokens in it recognised, nothing added."""
-    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    backend = tokenizer.backend_tokenizer
+    # NOTE: a call of the tokenizer with truncation or padding elsewhere leaves both switched on in its backend.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend.encode(text, add_special_tokens=False).ids
 
 
 def count_text_tokens(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -42,27 +42,23 @@ def tm_rope_positions(
     filled, next_id = 0, 0
     image_index = video_index = 0
     for start in _vision_starts(input_ids, ids):
-        first = input_ids[start + 1]
-        if first == ids.image_pad:
-            block = _grid_positions(image_grids[image_index], 0.0, geometry)
-            stop_id = int(block.max()) + 1
+        body, num_sound = start + 1, 0
+        if input_ids[body] == ids.image_pad:
+            pad, vision = ids.image_pad, _grid_positions(image_grids[image_index], 0.0, geometry)
             image_index += 1
         else:
-            video = _grid_positions(
-                video_grids[video_index], seconds_per_grid[video_index] * geometry.position_id_per_seconds, geometry
-            )
-            block, stop_id = video, video.max() + 1
+            ids_per_grid = seconds_per_grid[video_index] * geometry.position_id_per_seconds
+            pad, vision = ids.video_pad, _grid_positions(video_grids[video_index], ids_per_grid, geometry)
             if use_audio_in_video[video_index]:
-                clip = int((input_ids[: start + 1] == ids.audio_start).sum())
-                block, stop_id = _with_sound(video, audio_num_tokens[clip])
-            block, stop_id = np.floor(block + 1e-3).astype(np.int64), int(np.floor(stop_id + 1e-3))
+                num_sound = audio_num_tokens[int((input_ids[:body] == ids.audio_start).sum())]
+                body += 1
             video_index += 1
-        body = start + (2 if first == ids.audio_start else 1)
+        block, num_ids = _with_sound(vision, input_ids[body : body + vision.shape[1] + num_sound] == pad)
         positions[:, filled:body] = np.arange(next_id, next_id + body - filled)
         next_id += body - filled
         filled = body + block.shape[1]
         positions[:, body:filled] = block + next_id
-        next_id += stop_id
+        next_id += num_ids
     positions[:, filled:] = np.arange(next_id, next_id + len(input_ids) - filled)
     return positions
 
@@ -75,12 +71,13 @@ def _vision_starts(input_ids: np.ndarray, ids: TokenIds) -> np.ndarray:
 
 
 def _grid_positions(grid: Grid, ids_per_grid: float, geometry: MediaGeometry) -> np.ndarray:
-    """Positions [3, t*h*w / merge²] of a picture (int64) or video (float32, as upstream computes them), from 0."""
+    """Positions int64 [3, t*h*w / merge²] of a picture or video, from 0; times rounded down to whole ids.
+
+    A rounding error below a thousandth of an id (k / 13 s times 13) does not count as a fraction.
+    """
     t, h, w = grid[0], grid[1] // geometry.merge_size, grid[2] // geometry.merge_size
     out = np.indices((t, h, w)).reshape(3, -1)
-    if ids_per_grid:
-        out = out.astype(np.float32)
-        out[0] *= np.float32(ids_per_grid)
+    out[0] = np.floor(out[0] * ids_per_grid + 1e-3)
     return out
 
 
@@ -88,26 +85,29 @@ def audio_video_order(video_times: np.ndarray, num_audio_tokens: int) -> np.ndar
     """Order in which V video tokens (0 … V−1) and A audio tokens (V … V+A−1) of one clip stand in the text: int64
     [V+A].
 
-    By time in position ids, video first where both are equal. ``video_times`` [V] ascending.
+    By time in position ids, video first where both are equal. ``video_times`` [V] ascending, whole ids: upstream compares
+    floats, where the order of a tie hangs on a rounding error.
     """
-    times = np.concatenate([video_times, np.arange(num_audio_tokens, dtype=video_times.dtype)])
+    times = np.concatenate([video_times, np.arange(num_audio_tokens)])
     return np.argsort(times, kind="stable")
 
 
-def _with_sound(video: np.ndarray, num_audio_tokens: int) -> tuple[np.ndarray, float]:
-    """(positions [3, V+A], first free id after them) of a video with its sound track, from 0.
+def _with_sound(vision: np.ndarray, is_vision: np.ndarray) -> tuple[np.ndarray, int]:
+    """(positions int64 [3, V+A], number of ids taken up) of a picture or video [3, V] and its sound track, from 0.
 
-    NOTE: upstream continues after the largest id of what is left when the shorter of the two has run out, not of all;
-    a wide picture with little sound can therefore share ids with the text after it. Kept: the weights were trained so.
+    ``is_vision`` bool [V+A] says in which order the two stand in the text.
+    NOTE: with sound, upstream continues after the largest id of what is left when the shorter of the two has run out,
+    not of all: a wide picture with little sound can share ids with the text after it. Kept: weights are trained so.
     """
-    audio = np.broadcast_to(np.arange(num_audio_tokens, dtype=video.dtype), (3, num_audio_tokens))
-    num_video = video.shape[1]
-    order = audio_video_order(video[0], num_audio_tokens)
-    block = np.concatenate([video, audio], axis=1)[:, order]
-    is_audio = order >= num_video
-    last_of_other = np.flatnonzero(is_audio != is_audio[-1])
-    tail = block[:, last_of_other[-1] + 1 :] if len(last_of_other) else block
-    return block, float(tail.max()) + 1
+    num_vision = vision.shape[1]
+    if int(is_vision.sum()) != num_vision:
+        raise ValueError(f"{int(is_vision.sum())} placeholder tokens stand for a medium of {num_vision} features")
+    block = np.empty((3, len(is_vision)), dtype=np.int64)
+    block[:, is_vision] = vision
+    block[:, ~is_vision] = np.arange(len(is_vision) - num_vision)
+    others = np.flatnonzero(is_vision != is_vision[-1])
+    tail = block[:, others[-1] + 1 :] if len(others) else block
+    return block, int(tail.max()) + 1
 
 
 def _check_counts(

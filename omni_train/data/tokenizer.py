@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
@@ -150,12 +151,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Qwen2To
     return tokenizer
 
 
-def _with_special_tokens(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
+def _with_special_tokens(vocab: dict[str, int], merges: list[Any]) -> Qwen2Tokenizer:
     vocab = {**vocab, **{token: len(vocab) + i for i, token in enumerate(_ADDED_TOKENS)}}
     tokenizer = Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,
-        unk_token=None,
         eos_token=IM_END,
         pad_token=ENDOFTEXT,
         extra_special_tokens=_NAMED_TOKENS,
@@ -188,9 +188,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             "Qwen3-Omni folder (Qwen3 and Qwen3-VL have no audio tokens), or make one with "
             "omni_train.data.tokenizer.train_tokenizer"
         )
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
     return tokenizer
 
 
