@@ -82,11 +82,10 @@ def _grid_positions(grid: Grid, ids_per_grid: float, geometry: MediaGeometry) ->
 
 
 def audio_video_order(video_times: np.ndarray, num_audio_tokens: int) -> np.ndarray:
-    """Order in which V video tokens (0 … V−1) and A audio tokens (V … V+A−1) of one clip stand in the text: int64
-    [V+A].
+    """Order in which V video tokens (0 … V−1) and A audio tokens (V … V+A−1) stand in the text: int64 [V+A].
 
-    By time in position ids, video first where both are equal. ``video_times`` [V] ascending, whole ids: upstream compares
-    floats, where the order of a tie hangs on a rounding error.
+    By time in position ids, video first where both are equal. ``video_times`` [V] ascending, whole ids: upstream
+    compares floats, where the order of a tie hangs on a rounding error.
     """
     times = np.concatenate([video_times, np.arange(num_audio_tokens)])
     return np.argsort(times, kind="stable")
@@ -100,8 +99,8 @@ def _with_sound(vision: np.ndarray, is_vision: np.ndarray) -> tuple[np.ndarray, 
     not of all: a wide picture with little sound can share ids with the text after it. Kept: weights are trained so.
     """
     num_vision = vision.shape[1]
-    if int(is_vision.sum()) != num_vision:
-        raise ValueError(f"{int(is_vision.sum())} placeholder tokens stand for a medium of {num_vision} features")
+    if (num_found := int(is_vision.sum())) != num_vision:
+        raise ValueError(f"{num_found} placeholder tokens stand for a medium of {num_vision} features")
     block = np.empty((3, len(is_vision)), dtype=np.int64)
     block[:, is_vision] = vision
     block[:, ~is_vision] = np.arange(len(is_vision) - num_vision)
