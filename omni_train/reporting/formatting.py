@@ -12,6 +12,7 @@ def format_count(count: float | None) -> str:
     """A count with a decimal suffix and three significant digits: 950, 20.5k, 1.23M, 2.26T."""
     if count is None or not math.isfinite(count):
         return MISSING
+    count = float(f"{count:.3g}") if abs(count) >= 1e3 else count
     for scale, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= scale:
             value = count / scale

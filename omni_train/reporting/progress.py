@@ -60,8 +60,8 @@ class Progress:
     def update(self, tokens: int, metrics: dict[str, float]) -> None:
         """Adds ``tokens`` (the tokens of this step, not the sum so far) and shows ``metrics``.
 
-        Read from ``metrics``: ``loss`` or ``loss/<modality>``, ``lr`` or ``lr/<component>``, ``grad_norm``. A modality
-        that a step has no token of keeps the value it showed last.
+        Read from ``metrics``: ``loss`` or ``loss/<modality>``, ``lr`` or ``lr/<component>``, ``grad_norm`` or
+        ``grad_norm/<engine>``. A modality that a step has no token of keeps the value it showed last.
         """
         self.done_tokens += tokens
         self._metrics |= metrics
@@ -93,19 +93,20 @@ class Progress:
 
     def _print_line(self, now: float) -> None:
         percent = 100 * self.done_tokens / self.total_tokens if self.total_tokens else 100.0
-        print(f"{self.stage} {percent:.0f}% {self._detail()}", file=self._stream, flush=True)
+        detail = self._detail().replace("\n", " · ")
+        print(f"{self.stage} {percent:.0f}% {detail}", file=self._stream, flush=True)
         self._printed_at, self._printed_tokens = now, self.done_tokens
 
     def _detail(self) -> str:
+        """Two lines, so that nothing is cut off on a narrow terminal: how far the stage is, and its metrics."""
         rate = self.tokens_per_second
         left_sec = max(self.total_tokens - self.done_tokens, 0) / rate if rate else None
         parts = [
             f"{format_count(self.done_tokens)}/{format_count(self.total_tokens)} tokens",
             f"{format_count(rate)} tok/s" if rate else f"{MISSING} tok/s",
             f"ETA {format_duration(left_sec)}",
-            *describe_metrics(self._metrics),
         ]
-        return " · ".join(parts)
+        return "\n".join(" · ".join(line) for line in (parts, describe_metrics(self._metrics)) if line)
 
 
 def describe_metrics(metrics: dict[str, float]) -> list[str]:
@@ -120,6 +121,7 @@ def describe_metrics(metrics: dict[str, float]) -> list[str]:
     if rates:
         low, high = min(rates), max(rates)
         parts.append(f"lr {high:.2e}" if low == high else f"lr {low:.2e}…{high:.2e}")
-    if "grad_norm" in metrics:
-        parts.append(f"grad {metrics['grad_norm']:.2f}")
+    norms = [value for key, value in metrics.items() if key == "grad_norm" or key.startswith("grad_norm/")]
+    if norms:
+        parts.append("grad " + " ".join(f"{norm:.2f}" for norm in norms))
     return parts

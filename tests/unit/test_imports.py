@@ -137,12 +137,12 @@ def test_an_import_to_the_right_is_found_with_its_line(tmp_path):
     package = write_package(
         tmp_path,
         {
-            "data/loader.py": "import os\n\ndef load():\n    from omni_train.engine import parallel\n    return parallel\n",
+            "data/loader.py": "import os\n\ndef load():\n    from omni_train.engine import parallel\n",
             "models/build.py": "from omni_train.data.contracts import Pack\nfrom omni_train.config import Config\n",
             "engine/step.py": "from ..reporting.metrics import MetricsWriter\nfrom ..models import build\n",
-            "reporting/report.py": "import omni_train.data.contracts\nfrom . import metrics\nimport omni_train.data.index\n",
+            "reporting/report.py": "import omni_train.data.contracts\nfrom . import metrics\nimport omni_train.data\n",
             "config.py": "from omni_train.data.contracts import MODALITIES\nfrom omni_train.models.build import x\n",
-            "train.py": "from omni_train.reporting.metrics import MetricsWriter\nfrom omni_train import __version__, data\n",
+            "train.py": "from omni_train.reporting import metrics\nfrom omni_train import __version__, data\n",
             "extra/new.py": "",
         },
     )
@@ -157,7 +157,8 @@ def test_a_long_file_and_a_long_function_are_found(tmp_path):
         {
             "long.py": "x = 1\n" * (MAX_FILE_LINES + 1),
             "tall.py": f"y = 1\n\n\ndef tall():\n{body}",
-            "fits.py": f"def fits():\n{body[: body.rindex('    x')]}" + "x = 1\n" * (MAX_FILE_LINES - MAX_FUNCTION_LINES),
+            "fits.py": f"def fits():\n{body[: body.rindex('    x')]}"
+            + "x = 1\n" * (MAX_FILE_LINES - MAX_FUNCTION_LINES),
         },
     )
     assert size_offences(package) == [
