@@ -37,7 +37,7 @@ PACKAGES = (
     "pillow",
     "webdataset",
 )
-SHARD_SAMPLES = {"long_audio": 100, "speech": 900, "mixed": 900}
+SHARD_SAMPLES = {"long_audio": 100, "speech": 900, "mixed": 900, "audio_understanding": 900}
 SHARD_SAMPLES_DEFAULT = 2000
 SHARD_BYTES = 1 << 40  # the number of samples ends a shard, so that its name is known before it is written
 
