@@ -21,6 +21,7 @@ ORDER = (
     "launching",
     "stage",
     "train",
+    "corpus",
     "run",
     "ablate",
     "cli",
