@@ -46,7 +46,7 @@ class PackBuilder:
                 )
             documents.append(document)
         windows = [self._window(document.sample_id, plan.step) for document in documents for _ in document.mels]
-        return collate(documents, windows)
+        return collate(documents, windows, patch_dim=self.encoder.geometry.patch_dim)
 
     def _window(self, sample_id: str, step: int) -> int:
         least, most = self.audio_window_sec

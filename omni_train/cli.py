@@ -1,0 +1,201 @@
+"""The command ``omni-train``: read the arguments, check the configuration, start ranks, print one message on error.
+
+Heavy imports happen inside the commands, so that a wrong argument is answered in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from omni_train import config as configuration
+from omni_train.config import ConfigError
+
+EPILOG = """examples:
+  omni-train data prepare tiny                        make the small corpus, its tokenizer and its index
+  omni-train run recipes/tiny.yaml                    the whole curriculum; finished stages are skipped
+  omni-train train s2_general stage.total_tokens=1e5  one stage with Hydra overrides
+  omni-train eval runs/tiny/s3_long_context/export    held-out capabilities of an export
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(
+        prog="omni-train",
+        description="Train a Qwen3-Omni-class model: encoders, S1, S2, S3, from shards to a transformers folder.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="command")
+
+    run = commands.add_parser("run", help="run a recipe: its stages in order, finished ones skipped, a half-done one resumed")
+    run.add_argument("recipe", help="a YAML file of recipes/")
+    run.add_argument("overrides", nargs="*", help="run_dir=FOLDER, and Hydra overrides for every stage")
+
+    train = commands.add_parser("train", help="run one stage (resumes from its run_dir)")
+    train.add_argument("stage", help=f"one of: {', '.join(configuration.available())}")
+    train.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=tiny engine=cpu2 stage.context=512")
+
+    evaluate = commands.add_parser("eval", help="held-out capabilities of an export, each beside a control with swapped media")
+    evaluate.add_argument("folder", help="an export folder of a Thinker stage")
+    evaluate.add_argument("--recipe", default="recipes/tiny.yaml", help="the recipe whose evaluation section to use")
+    evaluate.add_argument("--split", default="heldout", help="heldout (default) or validation")
+    evaluate.add_argument("--yarn", choices=["on", "off"], default="on", help="off: drop YaRN from the folder's configuration")
+    evaluate.add_argument("--prefix", default="", help="prefix of the result names")
+    evaluate.add_argument("--tasks", nargs="*", help="only these tasks")
+    evaluate.add_argument("--results", help="run folder whose results.json takes the figures")
+    evaluate.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. engine=cpu1")
+
+    export = commands.add_parser("export", help="copy a finished stage's transformers folder")
+    export.add_argument("run", help="the stage's run folder")
+    export.add_argument("folder", help="where to write")
+
+    report = commands.add_parser("report", help="write report.html and print the result table of a run folder")
+    report.add_argument("run", help="a recipe's run folder")
+    report.add_argument("--recipe", help="recipe whose bars to print")
+
+    data = commands.add_parser("data", help="prepare a corpus, index shards, check shards")
+    actions = data.add_subparsers(dest="action", required=True, metavar="action")
+    prepare = actions.add_parser("prepare", help="make a corpus of data/, its tokenizer and its index")
+    prepare.add_argument("name", help="a folder of data/, e.g. tiny")
+    prepare.add_argument("--out", help="default .cache/corpus/NAME")
+    prepare.add_argument("--vocab-size", type=int, default=1280)
+    index = actions.add_parser("index", help="write the index beside every shard of a folder")
+    index.add_argument("folder")
+    index.add_argument("--tokenizer", required=True, help="a transformers folder")
+    check = actions.add_parser("check", help="read every shard strictly and compare it with its index")
+    check.add_argument("folder")
+    return root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the process's exit status. Errors that a user can mend end in one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    try:
+        return COMMANDS[options.command](options, arguments)
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+            print(f"omni-train: error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("OMNI_TRAIN_TRACEBACK"):
+            raise
+        return 2
+
+
+def command_train(options: argparse.Namespace, arguments: list[str]) -> int:
+    """One stage: in this process when a launcher set its rank, else on the configured number of local ranks."""
+    config = configuration.load(options.stage, options.overrides)
+    check_paths(config)
+    from omni_train.launching.local import is_launched, run_ranks
+
+    if not is_launched():
+        return run_ranks(arguments, config.engine.num_processes, config.engine.threads)
+    from omni_train.train import train
+
+    train(config)
+    return 0
+
+
+def check_paths(config: configuration.RunConfig) -> None:
+    """Fail before any process starts when a folder or shard that the run needs is not there."""
+    from omni_train.data.index import expand
+
+    root = Path(config.data.root)
+    if not root.exists():
+        raise ConfigError(f"data.root '{root}' does not exist; make the small corpus with `omni-train data prepare tiny`")
+    for source in config.mixture.values():
+        expand([str(root / pattern) for pattern in source.shards if "://" not in pattern])
+    for component, folder in config.init.items():
+        if not Path(folder).is_dir():
+            raise ConfigError(f"init.{component}: folder '{folder}' does not exist; give a local transformers folder")
+
+
+def command_run(options: argparse.Namespace, arguments: list[str]) -> int:
+    from omni_train.run import run
+
+    return run(Path(options.recipe), options.overrides)
+
+
+def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
+    from omni_train.launching.local import is_launched, run_ranks
+    from omni_train.run import load_recipe
+
+    recipe = load_recipe(Path(options.recipe))
+    stage = recipe.evaluation.stage
+    config = configuration.load(stage, [*recipe.overrides, *recipe.stage(stage).overrides, *options.overrides])
+    if not Path(options.folder).is_dir():
+        raise ConfigError(f"no export folder '{options.folder}'; give a stage's export/ folder")
+    if not is_launched():
+        return run_ranks(arguments, config.engine.num_processes, config.engine.threads)
+    from omni_train.evaluation.capabilities import evaluate_export
+
+    tasks = options.tasks or recipe.evaluation.tasks
+    evaluate_export(
+        config,
+        Path(options.folder),
+        tasks={task: recipe.evaluation.source_of(task) for task in tasks},
+        split=options.split,
+        use_yarn=options.yarn == "on",
+        prefix=options.prefix,
+        results=Path(options.results) if options.results else None,
+    )
+    return 0
+
+
+def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
+    import shutil
+
+    source = Path(options.run) / "export"
+    if not source.is_dir():
+        raise ConfigError(f"'{options.run}' has no export/ folder: the stage is not finished; resume it with its command")
+    shutil.copytree(source, options.folder)
+    print(f"wrote {options.folder}")
+    return 0
+
+
+def command_report(options: argparse.Namespace, arguments: list[str]) -> int:
+    from omni_train.reporting.report import write_report
+    from omni_train.reporting.results import load_results, render_table
+    from omni_train.run import load_recipe
+
+    bars = load_recipe(Path(options.recipe)).evaluation.bars if options.recipe else None
+    print(render_table(load_results(Path(options.run)), bars))
+    print(f"report: {write_report(Path(options.run))}")
+    return 0
+
+
+def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.action == "prepare":
+        from omni_train.corpus import prepare_corpus
+
+        prepare_corpus(options.name, Path(options.out or f".cache/corpus/{options.name}"), options.vocab_size)
+        return 0
+    from omni_train.data.index import check_shard, ensure_index, expand
+
+    shards = expand([f"{options.folder}/**/*.tar"])
+    if options.action == "index":
+        from omni_train.data.chatml import Describe
+        from omni_train.data.tokenizer import fingerprint, load_tokenizer
+
+        ensure_index(shards, Describe(options.tokenizer), fingerprint(load_tokenizer(options.tokenizer)), jobs=os.cpu_count() or 1)
+        print(f"{len(shards)} shards indexed")
+    else:
+        samples = sum(check_shard(shard).num_samples for shard in shards)
+        print(f"{len(shards)} shards, {samples:,} samples: whole and as indexed")
+    return 0
+
+
+COMMANDS = {
+    "train": command_train,
+    "run": command_run,
+    "eval": command_eval,
+    "export": command_export,
+    "report": command_report,
+    "data": command_data,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

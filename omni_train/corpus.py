@@ -1,0 +1,38 @@
+"""Prepare a corpus of ``data/``: its shards, its tokenizer, its index, and the link ``current`` that configurations name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from omni_train.config import CONF_DIR, ConfigError, nearest
+
+
+def prepare_corpus(name: str, out: Path, vocab_size: int) -> Path:
+    """The folder of the finished corpus. Cached by content; raises ConfigError for a corpus that data/ does not have."""
+    from omni_train.data.chatml import Describe
+    from omni_train.data.index import ensure_index, expand
+    from omni_train.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+
+    root = CONF_DIR.parent
+    known = sorted(path.parent.name for path in (root / "data").glob("*/prepare.py"))
+    if name not in known:
+        raise ConfigError(f"no corpus is called '{name}'; {nearest(name, known)}")
+    started = time.perf_counter()
+    jobs = os.cpu_count() or 1
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    folder = Path(importlib.import_module(f"data.{name}.prepare").prepare(out, jobs=jobs))
+    tokenizer = folder / "tokenizer"
+    if not (tokenizer / "tokenizer.json").exists():
+        texts = (folder / "tokenizer_texts.txt").read_text(encoding="utf-8").splitlines()
+        train_tokenizer(texts, vocab_size, tokenizer)
+    ensure_index(expand([f"{folder}/*/*/*.tar"]), Describe(tokenizer), fingerprint(load_tokenizer(tokenizer)), jobs=jobs)
+    link, temporary = out / "current", out / f"current.{os.getpid()}"
+    temporary.symlink_to(folder.name)
+    temporary.replace(link)
+    print(f"corpus {name}: {folder} ({time.perf_counter() - started:.0f} s)", flush=True)
+    return folder

@@ -1,0 +1,144 @@
+"""Held-out capabilities of an exported Thinker by greedy generation, each beside a control with its media swapped.
+
+Every rank takes its share of the items; with expert parallelism they answer in lockstep.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from omni_train.config import RunConfig
+from omni_train.data.contracts import DocumentPlan, Pack, Sample
+from omni_train.data.encode import Encoder, collate
+from omni_train.data.loader import PackReader
+from omni_train.data.pipeline import DataPipeline
+from omni_train.engine import parallel
+from omni_train.engine.deepspeed import build_engine
+from omni_train.engine.parallel import Ranks
+from omni_train.models.build import build_thinker, thinker_config
+from omni_train.models.thinker import Thinker, compose
+from omni_train.models.weights import load_components
+from omni_train.reporting.results import add_capabilities
+from omni_train.rollout.generate import greedy
+
+BATCH_TOKENS = 4096
+MAX_NEW_TOKENS = 24
+THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
+
+
+def load_frozen(config: RunConfig, folder: Path, ranks: Ranks, use_yarn: bool) -> tuple[Thinker, DataPipeline]:
+    """The exported Thinker, its experts sharded as the engine configuration says, and its data pipeline."""
+    data = DataPipeline.of(config)
+    yarn = config.stage.yarn_factor if use_yarn else 1.0
+    thinker = compose(build_thinker(thinker_config(config.model, data.tokenizer, yarn), seed=0))
+    load_components(thinker, folder, THINKER_COMPONENTS)
+    module = build_engine(thinker, config.engine, config.stage, None, micro_batches=1)
+    module.eval()
+    return module.to(ranks.device), data
+
+
+def read_tasks(data: DataPipeline, patterns: dict[str, str], tasks: dict[str, str]) -> dict[str, list[Sample]]:
+    """Samples by task: ``tasks`` maps a task to its source, ``patterns`` a source to its shards."""
+    found: dict[str, list[Sample]] = {task: [] for task in tasks}
+    for source in sorted(set(tasks.values())):
+        shards = data.indexed([patterns[source]])
+        reader = PackReader({source: shards})
+        for number, (_, index) in enumerate(shards):
+            for position in range(len(index.samples)):
+                sample = reader.read(DocumentPlan(source, number, position, 0, 1))
+                if sample.content.get("task") in found and tasks[sample.content["task"]] == source:
+                    found[sample.content["task"]].append(sample)
+    return found
+
+
+def swap_media(samples: list[Sample], seed: int = 0) -> list[Sample]:
+    """The same questions and references, each with the media of another item (a random rotation)."""
+    order = np.random.default_rng(seed).permutation(len(samples))
+    partner = dict(zip(order, np.roll(order, 1), strict=True))
+    swapped = []
+    for number, sample in enumerate(samples):
+        other = copy.copy(sample)
+        media = {k: v for k, v in samples[partner[number]].members.items() if k != "json"}
+        other.members = {**media, "json": sample.members.get("json", b"")}
+        swapped.append(other)
+    return swapped
+
+
+def answer_all(thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks: Ranks) -> list[tuple[str, str]]:
+    """(answer, reference) of this rank's share of the samples. Collective: ranks run equally many batches."""
+    mine = samples[ranks.rank :: ranks.world]
+    prompts = [encoder.prompt_and_answer(sample) for sample in mine]
+    order = sorted(range(len(prompts)), key=lambda n: prompts[n][0].num_tokens)
+    longest = max(p.num_tokens for p, _ in prompts)
+    size = max(1, BATCH_TOKENS // longest)
+    counts = torch.tensor([math.ceil(len(order) / size), size], device=ranks.device)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+    pairs = []
+    for batch in range(int(counts[0])):
+        chosen = order[batch * size : (batch + 1) * size]
+        documents = [prompts[n][0] for n in chosen] or [prompts[order[0]][0]]
+        pack: Pack = collate(documents, patch_dim=encoder.geometry.patch_dim).to(ranks.device)
+        answers = greedy(
+            thinker.llm, pack, thinker.towers(pack), stop_id=encoder.ids.im_end, max_new_tokens=MAX_NEW_TOKENS
+        )
+        texts = [encoder.tokenizer.decode(answer).strip() for answer in answers]
+        pairs += [(text, prompts[n][1].strip()) for n, text in zip(chosen, texts, strict=False)]
+    return pairs
+
+
+def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
+    """{"exact": fraction, "cer": character error rate of the whole set} over (answer, reference)."""
+    scores = {"exact": sum(a == r for a, r in pairs) / len(pairs)}
+    if with_cer:
+        scores["cer"] = float(jiwer.cer([r for _, r in pairs], [a or " " for a, _ in pairs]))
+    return scores
+
+
+def gather(pairs: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
+    """All ranks' pairs on every rank."""
+    everything: list = [None] * ranks.world
+    dist.all_gather_object(everything, pairs)
+    return [pair for part in everything for pair in part]
+
+
+def evaluate_export(
+    config: RunConfig,
+    folder: Path,
+    *,
+    tasks: dict[str, str],
+    split: str,
+    use_yarn: bool,
+    prefix: str,
+    results: Path | None,
+) -> dict[str, float]:
+    """Measure ``tasks`` ({task: source}) of a split on an export; print, and add to ``results``/results.json."""
+    ranks = parallel.start(config.engine)
+    thinker, data = load_frozen(config, folder, ranks, use_yarn)
+    by_task = read_tasks(data, {source: f"{split}/{source}/*.tar" for source in tasks.values()}, tasks)
+    capabilities: dict[str, float] = {}
+    controls: dict[str, float] = {}
+    for task, samples in by_task.items():
+        if not samples:
+            raise ValueError(f"no sample of task '{task}' in {split}/{tasks[task]}; see the corpus's card.yaml")
+        with_cer = task.startswith("spoken") and not task.endswith("digit")
+        for target, items in ((capabilities, samples), (controls, swap_media(samples))):
+            pairs = gather(answer_all(thinker, data.encoder, items, ranks), ranks)
+            target |= {f"{prefix}{task}_{name}": value for name, value in score(pairs, with_cer).items()}
+            if target is capabilities and ranks.is_main:
+                wrong = [pair for pair in pairs if pair[0] != pair[1]][:4]
+                print(f"{prefix}{task}: {len(pairs)} items, exact {score(pairs, False)['exact']:.3f}; e.g. {wrong}", flush=True)
+    if ranks.is_main:
+        print(json.dumps({"capabilities": capabilities, "controls": controls}, indent=1))
+        if results is not None:
+            add_capabilities(results, capabilities, controls)
+    dist.barrier()
+    parallel.stop()
+    return capabilities
