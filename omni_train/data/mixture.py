@@ -107,7 +107,6 @@ class TokenMixture:
     def retire(self, number: int) -> None:
         """Takes an exhausted source out of this lane; its weight is shared out over the others."""
         self.active[number] = False
-        self.credit[number] = 0.0
         self.set_weights(self._weights)
 
 

@@ -107,12 +107,14 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
 
 def write_thinker(state: dict[str, Tensor], config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a Thinker with stock transformers (per-expert names on disk) from full weights by our names."""
-    hf_config = thinker_config(config.model, tokenizer, config.stage.yarn_factor)
+    def stock_config():
+        return thinker_config(config.model, tokenizer, config.stage.yarn_factor)
+
     state = {stock_name(name): tensor for name, tensor in state.items()}
-    whole = build_thinker(hf_config, seed=config.seed, device="meta")
+    whole = build_thinker(stock_config(), seed=config.seed, device="meta")
     missing = {name for name, _ in whole.named_parameters()} - set(state)
     if missing:  # a stage of the LLM alone: the towers are those that any stage of this seed starts from
-        initial = build_thinker(hf_config, seed=config.seed).state_dict()
+        initial = build_thinker(stock_config(), seed=config.seed).state_dict()
         state |= {name: initial[name] for name in missing}
     whole.save_pretrained(folder, state_dict=state)
 

@@ -169,9 +169,6 @@ def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int) -> TextDec
         decoder_num_key_value_heads=decoder.num_attention_heads,
         max_position_embeddings=4096,
         pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        decoder_start_token_id=None,
         attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
