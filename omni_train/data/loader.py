@@ -122,19 +122,11 @@ class StepLoader:
             packs = [self._load_pack(plan) if plan else self._make_dummy() for plan in plans]
             self._state = self.planner.state_dict()
             return packs
-        self._fill(self._prefetch_steps)
-        if not self._in_flight:
-            self.planner.next_step()
-        plans, futures, state = self._in_flight.popleft()
-        self._fill(self._prefetch_steps)
         try:
-            loaded = iter([pickle.loads(future.result()) for future in futures])
+            return self._next_prefetched()
         except BrokenProcessPool as error:
             message = "a data worker died (killed, or out of memory); lower data.num_workers or the pack size"
             raise RuntimeError(message) from error
-        packs = [next(loaded) if plan else self._make_dummy() for plan in plans]
-        self._state = state
-        return packs
 
     def state_dict(self) -> dict[str, Any]:
         """The planner's state right after the last returned step; steps in flight do not count."""
@@ -158,6 +150,18 @@ class StepLoader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _next_prefetched(self) -> list[Pack]:
+        """The oldest step in flight, waited for, with the next ones submitted before."""
+        self._fill(self._prefetch_steps)
+        if not self._in_flight:
+            self.planner.next_step()
+        plans, futures, state = self._in_flight.popleft()
+        self._fill(self._prefetch_steps)
+        loaded = iter([pickle.loads(future.result()) for future in futures])
+        packs = [next(loaded) if plan else self._make_dummy() for plan in plans]
+        self._state = state
+        return packs
 
     def _fill(self, num_steps: int) -> None:
         """Plans and submits steps until ``num_steps`` are in flight or the plan ends."""

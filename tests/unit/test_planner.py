@@ -173,6 +173,19 @@ def test_state_is_json_and_strict_resume_is_exact():
     assert resumed.state_dict() == plan.state_dict()
 
 
+def test_resume_after_a_source_is_exhausted_is_exact():
+    def three():
+        return [source("a", [[10, 4, 31] * 20], max_epochs=1), *two_sources()[1:], source("c", [[8, 40] * 50])]
+
+    plan = planner(three())
+    run(plan, 60)
+    assert len(plan.events) == 4
+    resumed = planner(three())
+    resumed.load_state_dict(plan.state_dict())
+    assert run(resumed, 20) == run(plan, 20)
+    assert resumed.events == []
+
+
 @pytest.mark.parametrize(("name", "value"), [("lanes", 2), ("seed", 1), ("context", 128), ("num_bins", 4)])
 def test_shape_is_fixed_for_a_run(name, value):
     state = planner(two_sources()).state_dict()
@@ -246,9 +259,11 @@ def test_sources_may_come_in_another_order():
 
 def test_changed_samples_and_unknown_policy_are_refused():
     state = planner(two_sources()).state_dict()
-    other = planner([source("a", [[7, 20]]), source("b", LENGTHS["b"])])
-    with pytest.raises(ValueError, match="source 'a' has other samples than when the state was saved"):
-        other.load_state_dict(state, policy="add_remove")
+    one_length = [[8, *LENGTHS["a"][0][1:]], LENGTHS["a"][1]]
+    moved = [LENGTHS["a"][0] + LENGTHS["a"][1][:1], LENGTHS["a"][1][1:]]
+    for changed in (source("a", one_length), source("a", moved), source("a", LENGTHS["a"], splittable=True)):
+        with pytest.raises(ValueError, match="source 'a' has other samples than when the state was saved"):
+            planner([changed, source("b", LENGTHS["b"])]).load_state_dict(state, policy="add_remove")
     with pytest.raises(ValueError, match="resume_policy 'free' is unknown; choose one of strict, reweight"):
         planner(two_sources()).load_state_dict(state, policy="free")
     with pytest.raises(ValueError, match="state of version 0"):
