@@ -300,8 +300,8 @@ def _lane_state(lane: _Lane) -> dict[str, Any]:
 def _load_lane(lane: _Lane, state: dict[str, Any], numbers: list[int], is_reopened: set[int]) -> None:
     """Puts a new lane where ``state`` was taken.
 
-    ``numbers``: today's number of each source of the state, -1 for one removed. ``is_reopened``: numbers of sources with
-    another max_epochs; exhausted then, they may not be now.
+    ``numbers``: today's number of each source of the state, -1 for one removed. ``is_reopened``: numbers of sources
+    with another max_epochs; exhausted then, they may not be now.
     """
     for number, cursor in zip(numbers, state["cursors"], strict=True):
         if number >= 0:
