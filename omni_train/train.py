@@ -7,6 +7,7 @@ so a step is the same for every split of its packs into ranks and micro-batches.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,7 +86,7 @@ class Trainer:
         output = self.stage.forward(pack)
         return next_token_losses(output, self.stage.engine, self.fractions, self.config.stage.router_aux_coef)
 
-    def step(self, packs: list[Pack]) -> dict[str, float]:
+    def step(self, packs: list[Pack]) -> dict[str, Any]:
         """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
 
         Raises NonFiniteError on every rank, before the optimizer moves, when a loss or gradient of any pack is not finite.
@@ -109,7 +111,13 @@ class Trainer:
                 self._stop_if_not_finite(bad)
             for engine in self.stage.engines.values():
                 engine.step()
-        return self._finish_step(sums, divisors, scale)
+        return {**self._finish_step(sums, divisors, scale), "samples": self._sample_digest(packs)}
+
+    def _sample_digest(self, packs: list[Pack]) -> str:
+        """16 hex digits that name the step's samples over all ranks, in whatever order the ranks hold them."""
+        ids: list[list[str]] = [[] for _ in range(self.ranks.world)]
+        dist.all_gather_object(ids, [name for pack in packs for name in pack.sample_ids])
+        return hashlib.blake2b("\n".join(sorted(sum(ids, []))).encode(), digest_size=8).hexdigest()
 
     def _global_counts(self, packs: list[Pack]) -> dict[str, float]:
         """Divisors of the step: labels and tokens over all ranks and micro-batches (at least 1)."""
@@ -127,12 +135,12 @@ class Trainer:
                 f"{'; '.join(sum(found, []))}. Look at these samples, or lower the learning rate"
             )
 
-    def _finish_step(self, sums: StepSums, divisors: dict[str, float], scale: float) -> dict[str, float]:
+    def _finish_step(self, sums: StepSums, divisors: dict[str, float], scale: float) -> dict[str, Any]:
         """Advance the position and the router fractions; metrics of the step."""
         sums.reduce()
         self.position.step += 1
         self.position.tokens += divisors["router"]
-        metrics = {"loss": sums.loss(), **sums.by_modality()}
+        metrics: dict[str, Any] = {"loss": sums.loss(), **sums.by_modality()}
         if self.fractions is not None:
             self.fractions = sums.router_counts / sums.router_counts.sum(-1, keepdim=True).clamp(min=1)
             metrics["loss/router"] = sums.router / divisors["router"]
@@ -253,9 +261,9 @@ def train(config: RunConfig) -> None:
     ranks = parallel.start(config.engine)
     trainer = Trainer(config, ranks)
     folder = trainer.folder
-    if ranks.is_main:
-        describe_run(config, trainer)
     is_resumed = trainer.resume()
+    if ranks.is_main:
+        describe_run(config, trainer, is_resumed)
     position = trainer.position
     writer = MetricsWriter(
         folder,
@@ -264,8 +272,7 @@ def train(config: RunConfig) -> None:
         config=to_dict(config),
         is_writer=ranks.is_main,
     )
-    if is_resumed:
-        writer.truncate_after(position.step)
+    writer.truncate_after(position.step)
     stage, total = config.stage, int(config.stage.total_tokens)
     progress = Progress(stage.name, total, done_tokens=int(position.tokens), enabled=ranks.is_main)
     stop = StopSignal(ranks.device)
@@ -322,14 +329,15 @@ def finish(trainer: Trainer, writer: MetricsWriter) -> None:
     parallel.stop()
 
 
-def describe_run(config: RunConfig, trainer: Trainer) -> None:
+def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
     """Write the resolved configuration, the mixture and the environment into the run folder; print what trains."""
     folder = trainer.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     mixture = {name: source.weight for name, source in config.mixture.items()}
-    with open(folder / "mixture.jsonl", "a") as file:
-        file.write(json.dumps({"event": "start", "weights": mixture}) + "\n")
+    with open(folder / "mixture.jsonl", "a" if is_resumed else "w") as file:
+        event = "resume" if is_resumed else "start"
+        file.write(json.dumps({"event": event, "step": trainer.position.step, "weights": mixture}) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
     for line in trainer.stage.inventory:
         state = f"lr {line.lr:g}" if line.is_trained else "frozen"
