@@ -241,8 +241,12 @@ class DataConfig:
     seed: int = 0
     num_workers: int = 0
     block_size: int = 64
+    resume_policy: str = "strict"  # what a resume may change in the mixture: strict, reweight, add, add_remove
 
     def __post_init__(self) -> None:
+        policies = ("strict", "reweight", "add", "add_remove")
+        if self.resume_policy not in policies:
+            raise ConfigError(f"data.resume_policy '{self.resume_policy}' is unknown; {nearest(self.resume_policy, policies)}")
         if self.lanes < 1 or self.packs_per_lane < 1:
             raise ConfigError("data.lanes and data.packs_per_lane must be at least 1")
 

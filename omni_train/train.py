@@ -114,10 +114,11 @@ class Trainer:
         return {**self._finish_step(sums, divisors, scale), "samples": self._sample_digest(packs)}
 
     def _sample_digest(self, packs: list[Pack]) -> str:
-        """16 hex digits that name the step's samples over all ranks, in whatever order the ranks hold them."""
-        ids: list[list[str]] = [[] for _ in range(self.ranks.world)]
-        dist.all_gather_object(ids, [name for pack in packs for name in pack.sample_ids])
-        return hashlib.blake2b("\n".join(sorted(sum(ids, []))).encode(), digest_size=8).hexdigest()
+        """14 hex digits that name the set of the step's samples over all ranks: a sum of hashes, so their order is free."""
+        names = [name.encode() for pack in packs for name in pack.sample_ids]
+        hashes = [int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little") for name in names]
+        total = torch.tensor([sum(hashes) % 2**56], dtype=torch.int64, device=self.ranks.device)
+        return f"{int(parallel.sum_over_ranks(total)) % 2**56:014x}"
 
     def _global_counts(self, packs: list[Pack]) -> dict[str, float]:
         """Divisors of the step: labels and tokens over all ranks and micro-batches (at least 1)."""
@@ -184,7 +185,10 @@ class Trainer:
         if state is None:
             return False
         self.position = Position(**state["position"])
-        self.loader.load_state_dict(state["planner"])
+        changes = self.loader.load_state_dict(state["planner"], self.config.data.resume_policy)
+        if self.ranks.is_main and changes:
+            with open(self.folder / "mixture.jsonl", "a") as file:
+                file.writelines(json.dumps(change) + "\n" for change in changes)
         if self.fractions is not None:
             self.fractions = torch.tensor(state["fractions"], device=self.ranks.device)
         return True
