@@ -205,6 +205,7 @@ class StageConfig:
     grad_clip: float = 1.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
+    ctc_weight: float = 0.0  # transcription only: an auxiliary CTC loss on the encoder breaks the early plateau
     yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
 
     def __post_init__(self) -> None:
@@ -217,6 +218,8 @@ class StageConfig:
             raise ConfigError(f"stage.audio_window_sec {self.audio_window_sec} must be [least, most] within 1 and 8 seconds")
         if self.total_tokens <= 0 or self.context <= 0:
             raise ConfigError(f"stage.total_tokens ({self.total_tokens}) and stage.context ({self.context}) must be positive")
+        if self.ctc_weight and self.objective is not Objective.transcription:
+            raise ConfigError(f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out")
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
 

@@ -1,8 +1,8 @@
 """A stage put together: trained engines by name, frozen models by name, a forward that composes them.
 
-    next_token, LLM trained          engine "thinker" (or "llm" when only the LLM trains)
-    next_token, LLM frozen (S1)      engine "towers", frozen "llm" under expert parallelism
-    transcription, captioning        engine "aut" or "captioner"
+next_token, LLM trained          engine "thinker" (or "llm" when only the LLM trains)
+next_token, LLM frozen (S1)      engine "towers", frozen "llm" under expert parallelism
+transcription, captioning        engine "aut" or "captioner"
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
         modules = {
             "aut" if kind == "audio" else "captioner": EncoderDecoder(
                 build_encoder(model, kind, seed=config.seed),
-                build_decoder(model, width, seed=config.seed + 1),
+                build_decoder(model, width, seed=config.seed + 1, has_ctc=config.stage.ctc_weight > 0),
                 kind,
                 tokenizer.convert_tokens_to_ids(media_token),
             )
@@ -82,7 +82,9 @@ def load_init(modules: dict[str, nn.Module], init: dict[str, str]) -> None:
     chosen |= {name: folder for name, folder in init.items() if name != "all"}
     for component, folder in chosen.items():
         if component not in present:
-            raise ConfigError(f"init.{component}: this stage has no such component; it has {', '.join(sorted(present))}")
+            raise ConfigError(
+                f"init.{component}: this stage has no such component; it has {', '.join(sorted(present))}"
+            )
         for module in modules.values():
             load_components(module, Path(folder), {component})
 

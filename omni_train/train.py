@@ -84,7 +84,8 @@ class Trainer:
     def losses(self, pack: Pack) -> Losses:
         """The objective on one pack."""
         output = self.stage.forward(pack)
-        return next_token_losses(output, self.stage.engine, self.fractions, self.config.stage.router_aux_coef)
+        stage = self.config.stage
+        return next_token_losses(output, self.stage.engine, self.fractions, stage.router_aux_coef, stage.ctc_weight)
 
     def step(self, packs: list[Pack]) -> dict[str, Any]:
         """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
@@ -101,7 +102,9 @@ class Trainer:
             losses = self.losses(pack.to(self.ranks.device))
             is_finite = True
             for name, engine in self.stage.engines.items():
-                loss = torch.stack([t.weight * t.sum / divisors[t.name] for t in losses.terms if t.engine == name]).sum()
+                loss = torch.stack(
+                    [t.weight * t.sum / divisors[t.name] for t in losses.terms if t.engine == name]
+                ).sum()
                 engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
                 is_finite &= bool(loss.isfinite())
             if not is_finite or any(bool(guard.take()) for guard in self.guards):
@@ -175,9 +178,7 @@ class Trainer:
             "fractions": None if self.fractions is None else self.fractions.tolist(),
         }
         folder = self.folder / "checkpoints"
-        checkpoint.save(
-            folder, self.position.step, self.stage.engines, state, self.ranks, self.config.keep_checkpoints
-        )
+        checkpoint.save(folder, self.position.step, self.stage.engines, state, self.ranks, self.config.keep_checkpoints)
 
     def resume(self) -> bool:
         """Continue from the newest committed checkpoint, if there is one."""
@@ -313,8 +314,8 @@ def finish(trainer: Trainer, writer: MetricsWriter) -> None:
     modules = trainer.stage.modules()
     export(modules, config, trainer.data.tokenizer, trainer.folder / "export")
     if trainer.ranks.is_main:
-        losses = {key.removeprefix("eval/loss/"): value for key, value in metrics.items() if key.startswith("eval/loss/")}
-        exact = {key.removeprefix("eval/exact/"): value for key, value in metrics.items() if key.startswith("eval/exact/")}
+        losses = starting_with("eval/loss/", metrics)
+        exact = starting_with("eval/exact/", metrics)
         add_stage(
             trainer.folder.parent,
             {
@@ -331,6 +332,11 @@ def finish(trainer: Trainer, writer: MetricsWriter) -> None:
     trainer.loader.close()
     dist.barrier()
     parallel.stop()
+
+
+def starting_with(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics whose name begins with ``prefix``, by the rest of their name."""
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
 
 
 def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:

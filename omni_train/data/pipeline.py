@@ -108,9 +108,7 @@ class DataPipeline:
             seed=config.data.seed,
             block_size=config.data.block_size,
         )
-        return StepLoader(
-            planner, self._builder(shards), self.dummy, rank, world, num_workers=config.data.num_workers
-        )
+        return StepLoader(planner, self._builder(shards), self.dummy, rank, world, num_workers=config.data.num_workers)
 
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""

@@ -157,7 +157,7 @@ def build_encoder(model: ModelConfig, kind: str, *, seed: int) -> nn.Module:
     return encoder
 
 
-def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int) -> TextDecoder:
+def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int, has_ctc: bool = False) -> TextDecoder:
     """The library's attention decoder (rotary, pre-norm, cross-attention) of the encoder's width."""
     decoder = model.decoder
     config = MoonshineConfig(
@@ -173,7 +173,7 @@ def build_decoder(model: ModelConfig, hidden_size: int, *, seed: int) -> TextDec
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TextDecoder(MoonshineDecoder(config))
+        return TextDecoder(MoonshineDecoder(config), has_ctc)
 
 
 def use_varlen(*configs: Any) -> None:

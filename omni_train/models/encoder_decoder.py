@@ -26,12 +26,15 @@ def pad_rows(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 class TextDecoder(nn.Module):
-    """The library's attention decoder with a vocabulary head."""
+    """The library's attention decoder with a vocabulary head; and, with ``has_ctc``, a CTC head over encoder outputs
+    (vocabulary, then the blank) that training alone uses."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, has_ctc: bool) -> None:
         super().__init__()
+        width, vocabulary = decoder.config.hidden_size, decoder.config.vocab_size
         self.decoder = decoder
-        self.head = nn.Linear(decoder.config.hidden_size, decoder.config.vocab_size, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.ctc_head = nn.Linear(width, vocabulary + 1) if has_ctc else None
 
 
 class EncoderDecoder(nn.Module):
@@ -75,7 +78,8 @@ class EncoderDecoder(nn.Module):
         ).last_hidden_state
 
     def forward(self, pack: Pack) -> dict[str, Tensor]:
-        """``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position. A pack without samples gives none."""
+        """``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position; with a CTC head also
+        ``ctc_logits`` [D, S, V + 1] and ``ctc_lengths`` [D]. A pack without samples has no label."""
         if not pack.sample_ids:
             pack = self._dummy(pack)
         memory, memory_mask = self.encode(pack)
@@ -88,12 +92,15 @@ class EncoderDecoder(nn.Module):
         head = self.text_decoder.head
         logits = head(hidden[has_label])
         rows = torch.arange(len(lengths), device=ids.device)[:, None].expand_as(labels)
-        return {
+        output = {
             "logits": logits if len(logits) else logits + 0.0 * head(hidden[:1, 0]).sum(),
             "labels": labels[has_label],
             "document": rows[has_label],
             "modality": pack.doc_modality[rows[has_label]],
         }
+        if self.text_decoder.ctc_head is not None:
+            output |= {"ctc_logits": self.text_decoder.ctc_head(memory), "ctc_lengths": memory_mask.sum(-1)}
+        return output
 
     def _dummy(self, pack: Pack) -> Pack:
         """A pack of one document with minimal media and no label, so that every rank's graph holds every parameter."""

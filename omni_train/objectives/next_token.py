@@ -51,10 +51,33 @@ def token_losses(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
     return F.cross_entropy(logits_KV.float(), labels_K, reduction="none")
 
 
+def ctc_loss_sum(logits_DSU: Tensor, lengths_D: Tensor, labels_K: Tensor, document_K: Tensor) -> Tensor:
+    """Σ over documents of the CTC loss in nats (Graves et al. 2006) of their labels, each document's last label (the end of
+    the turn) left out. U = V + 1, the blank last; a document with more labels than encoder outputs counts zero."""
+    num_documents = len(lengths_D)
+    is_last = torch.cat([document_K[1:] != document_K[:-1], torch.ones_like(document_K[:1], dtype=torch.bool)])
+    target_lengths = torch.bincount(document_K[~is_last], minlength=num_documents)
+    log_probabilities_SDU = logits_DSU.float().log_softmax(-1).transpose(0, 1)
+    blank = logits_DSU.shape[-1] - 1
+    return F.ctc_loss(
+        log_probabilities_SDU,
+        labels_K[~is_last],
+        lengths_D,
+        target_lengths,
+        blank=blank,
+        reduction="sum",
+        zero_infinity=True,
+    )
+
+
 def next_token_losses(
-    output: dict[str, Tensor], engine: str, router_fractions: Tensor | None, router_aux_coef: float
+    output: dict[str, Tensor],
+    engine: str,
+    router_fractions: Tensor | None,
+    router_aux_coef: float,
+    ctc_weight: float = 0.0,
 ) -> Losses:
-    """Loss terms of a model's output (see LanguageModel.forward).
+    """Loss terms of a model's output (see LanguageModel.forward and EncoderDecoder.forward).
 
     ``router_fractions`` [L, E] are the previous step's global expert fractions; None where there is no router.
     """
@@ -67,4 +90,9 @@ def next_token_losses(
     if router_fractions is not None:
         aux = balance_loss_sum(output["router_probabilities"], router_fractions)
         terms.append(LossTerm(engine, "router", aux, router_aux_coef))
+    if ctc_weight > 0:
+        has_labels = len(output["labels"]) > 0
+        arguments = output["ctc_logits"], output["ctc_lengths"], output["labels"], output["document"]
+        ctc = ctc_loss_sum(*arguments) if has_labels else output["ctc_logits"].sum() * 0.0
+        terms.append(LossTerm(engine, "next_token", ctc, ctc_weight))
     return Losses(terms, modality_sums, output.get("router_counts"))
