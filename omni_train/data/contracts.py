@@ -9,7 +9,7 @@ metadata only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class MediaFacts:
     """What the planner must know of one media member to count its tokens without opening it.
 
     ``kind`` is audio | image | video. Audio: ``num_samples`` at ``sample_rate_hz`` (as stored). Image: ``width`` and
-    ``height`` in pixels. Video: width, height, ``num_frames``, ``fps``; ``has_audio`` with num_samples of its sound track.
+    ``height`` in pixels. Video: width, height, ``num_frames``, ``fps``; ``has_audio`` with num_samples of its sound.
     """
 
     member: str
@@ -59,7 +59,8 @@ class SampleFacts:
 class Sample:
     """One sample read from a shard, undecoded. ``members`` maps an extension ("json", "a.flac") to raw bytes.
 
-    ``content`` is the parsed ``KEY.json`` (see data/README.md): ``messages`` or ``text``, optional ``task, lang, speaker, license``.
+    ``content`` is the parsed ``KEY.json`` (see data/README.md): ``messages`` or ``text``, optional ``task, lang,
+    speaker, license``.
     """
 
     source: str
@@ -137,7 +138,7 @@ class Pack:
     ``cu_seqlens`` int32 [D+1]; ``doc_modality`` int64 [D], index into MODALITIES. Media of all documents in order of
     their placeholders: ``mel`` float32 [128, F] concatenated over clips with ``mel_lengths`` int64 [clips];
     ``audio_window_sec`` int64 [clips]; ``pixel_values`` [patches, patch_dim] with ``image_grid_thw`` int64 [n, 3] and
-    the same for video. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids`` names its documents.
+    the same for video. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids`` names its documents; it is empty for a dummy, which counts for nothing.
     """
 
     input_ids: torch.Tensor
@@ -160,8 +161,6 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on ``device``."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in ((name, getattr(self, name)) for name in self.__slots__)
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         return Pack(**moved)

@@ -203,8 +203,8 @@ def shift_labels(labels: np.ndarray) -> np.ndarray:
 
 
 def dummy_pack(geometry: MediaGeometry, ids: TokenIds) -> Pack:
-    """The smallest pack: two text tokens, no media, no label. For ranks without data, so that collectives still
-    match."""
+    """The smallest pack: two text tokens, no media, no label, no sample ids (which is what marks it). For ranks without
+    data, so that collectives still match."""
     tokens = np.full(2, ids.endoftext, dtype=np.int64)
     document = Document(
         sample_id="dummy",
@@ -213,7 +213,7 @@ def dummy_pack(geometry: MediaGeometry, ids: TokenIds) -> Pack:
         labels=np.full(2, IGNORE_INDEX, dtype=np.int64),
         position_ids=np.tile(np.arange(2), (3, 1)),
     )
-    return collate([document], patch_dim=geometry.patch_dim)
+    return dataclasses.replace(collate([document], patch_dim=geometry.patch_dim), sample_ids=[])
 
 
 def _joined(arrays: list[np.ndarray], axis: int, empty: tuple[int, int]) -> torch.Tensor:

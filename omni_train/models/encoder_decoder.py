@@ -11,6 +11,8 @@ Shapes: D documents, L tokens of the longest row, S media tokens of the longest 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -106,7 +108,7 @@ class EncoderDecoder(nn.Module):
         """A pack of one document with minimal media and no label, so that every rank's graph holds every parameter."""
         device = pack.input_ids.device
         count = 1
-        values = {name: getattr(pack, name) for name in pack.__slots__}
+        values = {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
         if self.kind == "audio":
             values["mel"] = torch.zeros(self.audio_tower.num_mel_bins, 8, device=device)
             values["mel_lengths"] = torch.tensor([8], device=device)

@@ -173,7 +173,7 @@ def test_empty_media_have_no_rows_but_their_width_and_type(encoder):
 
 def test_dummy_pack_has_no_label_and_the_same_types_as_a_full_one(encoder):
     pack, full = dummy_pack(GEOMETRY, encoder.ids), collate([encoder.encode(mixed())])
-    assert (pack.shift_labels == -100).all() and pack.num_tokens == 2
+    assert (pack.shift_labels == -100).all() and pack.num_tokens == 2 and pack.sample_ids == []
     assert pack.cu_seqlens.tolist() == [0, 2] and pack.position_ids.tolist() == [[0, 1]] * 4
     for name in pack.__slots__:
         mine, other = getattr(pack, name), getattr(full, name)
