@@ -16,8 +16,30 @@ from omni_train.config import ConfigError
 EPILOG = """examples:
   omni-train data prepare tiny                        make the small corpus, its tokenizer and its index
   omni-train run recipes/tiny.yaml                    the whole curriculum; finished stages are skipped
-  omni-train train s2_general stage.total_tokens=1e5  one stage with Hydra overrides
+  omni-train train s2_general stage.total_tokens=1e5  one stage with Hydra overrides; the same command resumes it
   omni-train eval runs/tiny/s3_long_context/export    held-out capabilities of an export
+  omni-train report runs/tiny                         report.html and the result table
+
+`omni-train COMMAND --help` shows a command's own examples.
+"""
+
+TRAIN_EPILOG = """examples:
+  omni-train train s2_general                              on the tiny model, two CPU ranks, expert parallelism 2
+  omni-train train s2_general engine=cpu1 stage.context=1024 run_dir=runs/mine
+  omni-train train s2_general mixture.text.weight=0.3 '+mixture.more={shards: [more/*.tar], weight: 0.1}'
+  omni-train train s1_encoders '~stage.components.audio_adapter' +init.all=runs/tiny/s1_adapters/export
+  torchrun --nproc-per-node 8 -m omni_train.cli train s2_general model=small engine=zero1_ep8
+
+Killed or stopped, the same command goes on from the newest checkpoint of run_dir. TERM and USR1 save first, then end
+with status 85. Values lie in conf/STAGE.yaml and its groups conf/{model,mixture,engine}/.
+"""
+
+RUN_EPILOG = """examples:
+  omni-train run recipes/tiny.yaml
+  omni-train run recipes/tiny.yaml run_dir=runs/second seed=1
+  omni-train run recipes/tiny.yaml run_dir=runs/small model=small engine=gpu1
+
+The same command goes on where it was stopped. Stage N writes run_dir/STAGE/; results.json and report.html lie in run_dir.
 """
 
 
@@ -31,11 +53,14 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 
-    run = commands.add_parser("run", help="run a recipe: its stages in order, finished ones skipped, a half-done one resumed")
+    raw = argparse.RawDescriptionHelpFormatter
+    what = "run a recipe: its stages in order, finished ones skipped, a half-done one resumed"
+    run = commands.add_parser("run", help=what, description=what, epilog=RUN_EPILOG, formatter_class=raw)
     run.add_argument("recipe", help="a YAML file of recipes/")
     run.add_argument("overrides", nargs="*", help="run_dir=FOLDER, and Hydra overrides for every stage")
 
-    train = commands.add_parser("train", help="run one stage (resumes from its run_dir)")
+    what = "run one stage, or go on with it where its run_dir stands"
+    train = commands.add_parser("train", help=what, description=what, epilog=TRAIN_EPILOG, formatter_class=raw)
     train.add_argument("stage", help=f"one of: {', '.join(configuration.available())}")
     train.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=tiny engine=cpu2 stage.context=512")
 
@@ -72,45 +97,51 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the process's exit status. Errors that a user can mend end in one line on stderr."""
+    """Run a command; the process's exit status. What a user can mend ends in one message on stderr and status 2."""
+    from omni_train.launching.local import is_launched, prepare_rank, report_failure
+
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    if is_launched():
+        prepare_rank()
     try:
         return COMMANDS[options.command](options, arguments)
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
-            print(f"omni-train: error: {error}", file=sys.stderr, flush=True)
-        if os.environ.get("OMNI_TRAIN_TRACEBACK"):
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("OMNI_TRAIN_TRACEBACK") or not is_for_user(error):
             raise
+        report_failure(f"omni-train: error: {error}")
         return 2
+
+
+def is_for_user(error: BaseException) -> bool:
+    """Whether our own code raised ``error``: then its message says what to mend. One out of a library is a bug of ours."""
+    from omni_train.data.shard import DataError
+
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return isinstance(error, (ConfigError, DataError)) or raised_in.split(".")[0] in ("omni_train", "data", "__main__")
 
 
 def command_train(options: argparse.Namespace, arguments: list[str]) -> int:
     """One stage: in this process when a launcher set its rank, else on the configured number of local ranks."""
-    config = configuration.load(options.stage, options.overrides)
-    check_paths(config)
-    from omni_train.launching.local import is_launched, run_ranks
+    from omni_train.launching.local import FAILURES, is_launched
+    from omni_train.run import check_init, check_inputs, check_unchanged, start_stage
 
+    config = configuration.load(options.stage, options.overrides)
     if not is_launched():
-        return run_ranks(arguments, config.engine.num_processes, config.engine.threads)
+        return start_stage(config, arguments[1:])
+    if FAILURES not in os.environ and os.environ["RANK"] == "0":  # under torchrun nobody has checked yet
+        check_unchanged(config)
+        check_init(config)
+        check_inputs(config)
     from omni_train.train import train
 
     train(config)
     return 0
-
-
-def check_paths(config: configuration.RunConfig) -> None:
-    """Fail before any process starts when a folder or shard that the run needs is not there."""
-    from omni_train.data.index import expand
-
-    root = Path(config.data.root)
-    if not root.exists():
-        raise ConfigError(f"data.root '{root}' does not exist; make the small corpus with `omni-train data prepare tiny`")
-    for source in config.mixture.values():
-        expand([str(root / pattern) for pattern in source.shards if "://" not in pattern])
-    for component, folder in config.init.items():
-        if not Path(folder).is_dir():
-            raise ConfigError(f"init.{component}: folder '{folder}' does not exist; give a local transformers folder")
 
 
 def command_run(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -163,7 +194,7 @@ def command_report(options: argparse.Namespace, arguments: list[str]) -> int:
 
     bars = load_recipe(Path(options.recipe)).evaluation.bars if options.recipe else None
     print(render_table(load_results(Path(options.run)), bars))
-    print(f"report: {write_report(Path(options.run))}")
+    print(f"report: {write_report(Path(options.run), bars)}")
     return 0
 
 
@@ -173,14 +204,13 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
 
         prepare_corpus(options.name, Path(options.out or f".cache/corpus/{options.name}"), options.vocab_size)
         return 0
-    from omni_train.data.index import check_shard, ensure_index, expand
+    from omni_train.data.index import check_shard, expand
 
     shards = expand([f"{options.folder}/**/*.tar"])
     if options.action == "index":
-        from omni_train.data.chatml import Describe
-        from omni_train.data.tokenizer import fingerprint, load_tokenizer
+        from omni_train.corpus import index_shards
 
-        ensure_index(shards, Describe(options.tokenizer), fingerprint(load_tokenizer(options.tokenizer)), jobs=os.cpu_count() or 1)
+        index_shards(shards, Path(options.tokenizer))
         print(f"{len(shards)} shards indexed")
     else:
         samples = sum(check_shard(shard).num_samples for shard in shards)

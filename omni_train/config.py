@@ -11,10 +11,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -49,6 +49,14 @@ class LossOn(Enum):
 
     assistant = "assistant"
     all_text = "all_text"
+
+
+TRAINABLE = {
+    Objective.next_token: ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"),
+    Objective.transcription: ("audio_encoder", "aut_decoder"),
+    Objective.captioning: ("vision_encoder", "vision_decoder"),
+}
+"""Components that an objective's gradient reaches; a stage may train these and no others."""
 
 
 class Precision(Enum):
@@ -214,6 +222,11 @@ class StageConfig:
         for name in self.components:
             if name not in COMPONENTS:
                 raise ConfigError(f"stage.components: no component is called '{name}'; {nearest(name, COMPONENTS)}")
+            if name not in TRAINABLE[self.objective]:
+                raise ConfigError(
+                    f"stage.components.{name}: stage {self.name} does not train '{name}' with objective "
+                    f"{self.objective.name}; its components: {', '.join(TRAINABLE[self.objective])}"
+                )
         if not (len(self.audio_window_sec) == 2 and 1 <= self.audio_window_sec[0] <= self.audio_window_sec[1] <= 8):
             raise ConfigError(f"stage.audio_window_sec {self.audio_window_sec} must be [least, most] within 1 and 8 seconds")
         if self.total_tokens <= 0 or self.context <= 0:
@@ -332,52 +345,54 @@ def load(stage: str, overrides: list[str]) -> RunConfig:
 
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()
+    # NOTE: Hydra assigns a new entry of a typed dict as a plain one, which OmegaConf refuses; a merge gives it its type.
+    added = [override[1:] for override in overrides if re.match(r"\+(mixture|stage\.components)\.", override)]
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            composed = compose(stage, overrides)
-        return OmegaConf.to_object(composed)  # type: ignore[return-value]
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+            composed = compose(stage, [override for override in overrides if override[1:] not in added])
+        OmegaConf.set_struct(composed, False)
+        return OmegaConf.to_object(OmegaConf.merge(composed, OmegaConf.from_dotlist(added)))  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException, ValueError, AttributeError) as error:
         raise ConfigError(explain(error)) from error
 
 
 def explain(error: BaseException) -> str:
     """One readable message for what Hydra and OmegaConf report, with the nearest valid choice."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = str(error)
+    chain = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+    for ours in (link for link in chain if isinstance(link, ConfigError)):
+        return str(ours)
+    text = "\n".join(map(str, chain))
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
-        group, name = match.groups()
-        return f"no {group} preset is called '{name}'; {nearest(name, available(group))}"
-    if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'|Key '([^']+)' not in", text):
-        key, owner = match.group(1) or match.group(3), match.group(2) or ""
-        return f"unknown key '{key}'{f' in {owner}' if owner else ''}; {nearest(key, _keys(owner))}"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match.group(1)
-        return f"unknown key '{key}'; {nearest(key.split('.')[-1], _keys(''))}"
-    return text.strip().replace("\n", " ")
+        return f"no {match[1]} preset is called '{match[2]}'; {nearest(match[2], available(match[1]))}"
+    if match := re.search(r"Could not override '([^']+)'|Key '(\w+)'|has no attribute '(\w+)'", text):
+        key = next(filter(None, match.groups()))
+        return f"unknown key '{key}'; {nearest_key(key)}"
+    if match := re.search(r"(.+)\n\s*full_key: (\S+)", text):
+        return f"{match[2]}: {match[1]}"
+    return " ".join(line for line in str(error).splitlines() if "hydra.cc" not in line)
 
 
-def _keys(owner: str) -> list[str]:
-    """Field names of the dataclass called ``owner``, or of all of them."""
-    classes = [c for c in globals().values() if isinstance(c, type) and hasattr(c, "__dataclass_fields__")]
-    chosen = [c for c in classes if c.__name__ == owner] or classes
-    return sorted({name for c in chosen for name in c.__dataclass_fields__})
+def nearest_key(key: str) -> str:
+    """The existing dotted key whose last name is most like that of ``key``, as the end of an error message."""
+    paths = {path: path.rpartition(".")[2] for path in key_paths(RunConfig)}
+    close = difflib.get_close_matches(key.rpartition(".")[2], set(paths.values()), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(key, [path for path in paths if paths[path] in close], n=1, cutoff=0.0)
+    return f"did you mean '{matches[0]}'?" if matches else f"top-level keys: {', '.join(RunConfig.__slots__)}"
+
+
+def key_paths(schema: type, prefix: str = "") -> list[str]:
+    """Dotted names of all keys of a configuration class, groups included; what stands below a dict is free."""
+    paths = []
+    for name, kind in get_type_hints(schema).items():
+        paths.append(prefix + name)
+        inner = get_args(kind)[1] if get_origin(kind) is dict else kind
+        if is_dataclass(inner):
+            paths += key_paths(inner, f"{prefix}{name}." + ("*." if inner is not kind else ""))
+    return paths
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON-able values (enums by name)."""
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.name
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return value
-
-    return plain(asdict(config))
+    return asdict(config, dict_factory=lambda items: {k: v.name if isinstance(v, Enum) else v for k, v in items})

@@ -6,16 +6,19 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from omni_train.config import CONF_DIR, ConfigError, nearest
 
 
-def prepare_corpus(name: str, out: Path, vocab_size: int) -> Path:
-    """The folder of the finished corpus. Cached by content; raises ConfigError for a corpus that data/ does not have."""
-    from omni_train.data.chatml import Describe
-    from omni_train.data.index import ensure_index, expand
-    from omni_train.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) -> Path:
+    """The folder of the finished corpus, ``scale`` of its full size; ``out/current`` points to it. Cached by content.
+
+    Raises ConfigError for a corpus that data/ does not have, and where a package that it is made from is missing.
+    """
+    from omni_train.data.index import expand
+    from omni_train.data.tokenizer import train_tokenizer
 
     root = CONF_DIR.parent
     known = sorted(path.parent.name for path in (root / "data").glob("*/prepare.py"))
@@ -25,14 +28,26 @@ def prepare_corpus(name: str, out: Path, vocab_size: int) -> Path:
     jobs = os.cpu_count() or 1
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    folder = Path(importlib.import_module(f"data.{name}.prepare").prepare(out, jobs=jobs))
+    try:
+        folder = Path(importlib.import_module(f"data.{name}.prepare").prepare(out, jobs=jobs, scale=scale))
+    except ImportError as error:
+        raise ConfigError(f"corpus '{name}' cannot be made here: {error}") from error
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
         texts = (folder / "tokenizer_texts.txt").read_text(encoding="utf-8").splitlines()
         train_tokenizer(texts, vocab_size, tokenizer)
-    ensure_index(expand([f"{folder}/*/*/*.tar"]), Describe(tokenizer), fingerprint(load_tokenizer(tokenizer)), jobs=jobs)
+    index_shards(expand([f"{folder}/*/*/*.tar"]), tokenizer)
     link, temporary = out / "current", out / f"current.{os.getpid()}"
     temporary.symlink_to(folder.name)
     temporary.replace(link)
     print(f"corpus {name}: {folder} ({time.perf_counter() - started:.0f} s)", flush=True)
     return folder
+
+
+def index_shards(shards: Sequence[str | Path], tokenizer: Path) -> None:
+    """Write the missing and stale indexes of shards. Raises DataError naming shard, sample, byte and fix on damage."""
+    from omni_train.data.chatml import Describe
+    from omni_train.data.index import ensure_index
+    from omni_train.data.tokenizer import fingerprint, load_tokenizer
+
+    ensure_index(shards, Describe(tokenizer), fingerprint(load_tokenizer(tokenizer)), jobs=os.cpu_count() or 1)

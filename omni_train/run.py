@@ -1,18 +1,30 @@
 """A recipe: an ordered list of stages, each started from exports of the ones before, then the evaluation.
 
-A finished stage (its DONE file) is skipped, a half-done one resumes from its newest committed checkpoint.
+    run ──load_recipe──▶ every stage's configuration and shards checked ──▶ start_stage ×n ──▶ evaluation, table, report
+    start_stage ──check_inputs, check_unchanged──▶ ranks
+
+A finished stage (its DONE file) is skipped, a half-done one resumes from its newest committed checkpoint; neither with
+another configuration than it was started with.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, nearest
+from omni_train.config import ConfigError, RunConfig, nearest, to_dict
 
+MAY_CHANGE = (
+    *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints", "eval_every_steps", "eval_tokens"),
+    *("validation", "data.num_workers", "data.resume_policy"),
+    *("engine.num_processes", "engine.threads", "engine.timeout_sec", "engine.recompute"),
+)
+"""Keys, with what lies below them, that do not change what a run learns. The ranks of a checkpoint are checked when it
+is loaded; the mixture by the planner, where data.resume_policy allows a change."""
 
 @dataclass(kw_only=True, slots=True)
 class RecipeStage:
@@ -94,6 +106,84 @@ def stage_overrides(recipe: Recipe, stage: RecipeStage, run_dir: Path, extra: li
     return [*recipe.overrides, *stage.overrides, *extra, *init, f"run_dir={run_dir / stage.stage}"]
 
 
+def changed_keys(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (saved value, present value)} where two configurations differ, keys of MAY_CHANGE left out.
+
+    A field that the saved one does not have yet is no change; an entry of a free dictionary (a component, a source) is.
+    """
+    is_free = prefix in ("stage.components.", "mixture.", "init.")
+    changes: dict[str, tuple[Any, Any]] = {}
+    for name in saved | now:
+        key, before, after = prefix + name, saved.get(name), now.get(name)
+        if key in MAY_CHANGE or before == after or (name not in saved and not is_free):
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes |= changed_keys(before, after, f"{key}.")
+        else:
+            changes[key] = (before, after)
+    return changes
+
+
+def check_unchanged(config: RunConfig) -> None:
+    """Raise ConfigError when the run folder holds a finished or half-done stage of another configuration."""
+    folder = Path(config.run_dir)
+    is_done = (folder / "DONE").exists()
+    if not (folder / "config.yaml").is_file() or not (is_done or any(folder.glob("checkpoints/step_*/COMMIT"))):
+        return
+    changes = changed_keys(yaml.safe_load((folder / "config.yaml").read_text()), to_dict(config))
+    if config.data.resume_policy != "strict" and not is_done:
+        changes = {key: values for key, values in changes.items() if not key.startswith("mixture.")}
+    if changes:
+        listed = ", ".join(f"{key} ({before} → {after})" for key, (before, after) in changes.items())
+        state = "finished" if is_done else "half-done"
+        raise ConfigError(
+            f"'{folder}' holds a {state} stage of another configuration: {listed}; "
+            "set it back, or start anew with another run_dir"
+        )
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Fail before any process starts when data that the run needs is missing or damaged; write missing indexes."""
+    from omni_train.data.index import expand, load_index
+    from omni_train.data.shard import DataError
+
+    root = Path(config.data.root)
+    if not root.exists():
+        raise ConfigError(f"data.root '{root}' does not exist; make the small corpus with `omni-train data prepare tiny`")
+    patterns = [pattern for source in config.mixture.values() for pattern in source.shards]
+    patterns += [pattern for group in config.validation.values() for pattern in group]
+    shards = expand([pattern if "://" in pattern else str(root / pattern) for pattern in patterns])
+    if not Path(config.data.tokenizer).is_dir():
+        raise ConfigError(f"data.tokenizer '{config.data.tokenizer}' is no folder; give a Qwen3-Omni tokenizer folder")
+    try:
+        for shard in shards:
+            load_index(shard)
+    except DataError:  # missing or stale: only then are the heavy imports worth their seconds
+        from omni_train.corpus import index_shards
+
+        index_shards(shards, Path(config.data.tokenizer))
+
+
+def check_init(config: RunConfig) -> None:
+    """Raise ConfigError when a folder that the stage starts from is not there."""
+    for component, folder in config.init.items():
+        if not Path(folder).is_dir():
+            raise ConfigError(f"init.{component}: folder '{folder}' does not exist; give a local transformers folder")
+
+
+def start_stage(config: RunConfig, arguments: list[str]) -> int:
+    """Check a stage, then run ``omni-train train ARGUMENTS`` on its local ranks; the exit status."""
+    from omni_train.launching.local import run_ranks
+
+    check_unchanged(config)
+    if (Path(config.run_dir) / "DONE").exists():
+        print(f"{config.stage.name}: finished before in {config.run_dir}, skipped", flush=True)
+        return 0
+    check_init(config)
+    check_inputs(config)
+    return run_ranks(["train", *arguments], config.engine.num_processes, config.engine.threads)
+
+
 def run(path: Path, overrides: list[str]) -> int:
     """Run a recipe; 0, or the exit status of the stage that failed."""
     from omni_train.launching.local import run_ranks
@@ -103,38 +193,43 @@ def run(path: Path, overrides: list[str]) -> int:
     recipe = load_recipe(path)
     run_dir = Path(next((o.split("=", 1)[1] for o in overrides if o.startswith("run_dir=")), f"runs/{recipe.name}"))
     extra = [o for o in overrides if not o.startswith("run_dir=")]
-    for stage in recipe.stages:  # every stage's configuration is checked before the first one starts
-        configuration.load(stage.stage, stage_overrides(recipe, stage, run_dir, extra))
-    if recipe.corpus:
+    arguments = [stage_overrides(recipe, stage, run_dir, extra) for stage in recipe.stages]
+    configs = [configuration.load(stage.stage, own) for stage, own in zip(recipe.stages, arguments, strict=True)]
+    if recipe.corpus and any(Path(config.data.root) == corpus_root(recipe.corpus) for config in configs):
         from omni_train.corpus import prepare_corpus
 
-        prepare_corpus(recipe.corpus, Path(f".cache/corpus/{recipe.corpus}"), 1280)
-    bars = recipe.evaluation.bars if recipe.evaluation else None
-    for number, stage in enumerate(recipe.stages, 1):
-        title = f"[{number}/{len(recipe.stages)}] {stage.stage}"
-        if (run_dir / stage.stage / "DONE").exists():
-            print(f"{title}: done before, skipped", flush=True)
-            continue
-        print(title, flush=True)
-        arguments = stage_overrides(recipe, stage, run_dir, extra)
-        config = configuration.load(stage.stage, arguments)
-        status = run_ranks(["train", stage.stage, *arguments], config.engine.num_processes, config.engine.threads)
+        prepare_corpus(recipe.corpus, corpus_root(recipe.corpus).parent, 1280)
+    for config in configs:  # everything that can be known is checked before the first stage starts
+        check_unchanged(config)
+        if not (Path(config.run_dir) / "DONE").exists():
+            check_inputs(config)
+    for number, (stage, config, own) in enumerate(zip(recipe.stages, configs, arguments, strict=True), 1):
+        print(f"[{number}/{len(configs)}] {stage.stage}", flush=True)
+        status = start_stage(config, [stage.stage, *own])
         if status:
             return status
-        print(render_table(load_results(run_dir), None), flush=True)
+        print(stage_line(load_results(run_dir), stage.stage), flush=True)
     if recipe.evaluation:
         folder = run_dir / recipe.evaluation.stage / "export"
         command = ["eval", str(folder), "--recipe", str(path), "--results", str(run_dir), *extra]
-        status = run_ranks(command, config_of(recipe, extra).engine.num_processes, 1)
+        status = run_ranks(command, configs[-1].engine.num_processes, configs[-1].engine.threads)
         if status:
             return status
+    bars = recipe.evaluation.bars if recipe.evaluation else None
     print(render_table(load_results(run_dir), bars))
-    print(f"report: {write_report(run_dir)}")
+    print(f"report: {write_report(run_dir, bars)}")
     return 0
 
 
-def config_of(recipe: Recipe, extra: list[str]) -> configuration.RunConfig:
-    """Configuration of the stage that the recipe evaluates."""
-    assert recipe.evaluation is not None
-    stage = recipe.stage(recipe.evaluation.stage)
-    return configuration.load(stage.stage, [*recipe.overrides, *stage.overrides, *extra])
+def corpus_root(name: str) -> Path:
+    """Where a recipe's corpus is prepared, as configurations name it in data.root."""
+    return Path(f".cache/corpus/{name}/current")
+
+
+def stage_line(results: dict[str, Any], name: str) -> str:
+    """One line on a finished stage: tokens, time, and its held-out losses in nats."""
+    stage = next((stage for stage in results["stages"] if stage["name"] == name), None)
+    if stage is None:
+        return f"  {name}: no results"
+    losses = " ".join(f"{key} {value:.3f}" for key, value in stage["loss"].items())
+    return f"  {name}: {stage['tokens']:,} tokens in {stage['seconds']:.0f} s; held-out loss {losses}"

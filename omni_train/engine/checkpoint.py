@@ -2,7 +2,8 @@
 
     tmp_step_N/<engine>/...  trainer.json  → fsync → COMMIT → fsync → rename to step_N → fsync of the parent
 
-Nothing but a ``step_*`` folder holding ``COMMIT`` is ever loaded.
+Nothing but a ``step_*`` folder holding ``COMMIT`` is ever loaded; what a kill left half-written or half-deleted is removed
+at the next start and at the next save.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def save(folder: Path, step: int, engines: dict[str, Any], state: dict[str, Any]
     """Write and commit checkpoint ``step`` of all trained engines with the trainer's state; keep the newest ``keep``."""
     temporary, final = folder / f"tmp_step_{step:08d}", folder / f"step_{step:08d}"
     if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_leftovers(folder)
         temporary.mkdir(parents=True)
     dist.barrier()
     for name, engine in engines.items():
@@ -46,10 +47,22 @@ def save(folder: Path, step: int, engines: dict[str, Any], state: dict[str, Any]
         shutil.rmtree(final, ignore_errors=True)  # only a folder that was being replaced when the run was killed
         temporary.rename(final)
         fsync_folder(folder)
-        for old in committed(folder)[:-keep]:
-            shutil.rmtree(old)
+        prune(folder, keep)
     dist.barrier()
     return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` committed checkpoints; each is withdrawn before any of its files goes."""
+    for old in committed(folder)[:-keep]:
+        (old / "COMMIT").unlink()
+        shutil.rmtree(old)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary folders that an interrupted save left. Called by one rank, while nothing is being saved."""
+    for path in folder.glob("tmp_step_*"):
+        shutil.rmtree(path)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -69,7 +82,10 @@ def load_newest(folder: Path, engines: dict[str, Any], ranks: Ranks) -> dict[str
 
     Rank 0 chooses, so that ranks cannot disagree.
     """
-    chosen = [str(committed(folder)[-1]) if ranks.is_main and committed(folder) else None]
+    chosen: list[str | None] = [None]
+    if ranks.is_main:
+        remove_leftovers(folder)
+        chosen = [str(path) for path in committed(folder)[-1:]] or [None]
     dist.broadcast_object_list(chosen, src=0)
     if chosen[0] is None:
         return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import os
 from dataclasses import dataclass
 
@@ -54,7 +56,8 @@ def start(engine: EngineConfig) -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         import deepspeed
 
-        deepspeed.init_distributed(backend, verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that its shared-memory extension was built
+            deepspeed.init_distributed(backend, verbose=False)
     device = torch.device("cpu") if engine.device == "cpu" else torch.device("cuda", local_rank)
     return Ranks(rank, world, local_rank, device)
 
