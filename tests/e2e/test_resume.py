@@ -1,0 +1,100 @@
+"""Killed at any point, the same command again gives the uninterrupted run: samples, losses and final weights, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from corpus import omni_train, overrides, start
+
+NUM_STEPS = 12
+START_LIMIT_SEC = 120.0
+
+
+def stage_command(stage: str, run_dir: Path) -> list[str]:
+    budget = ("stage.total_tokens=5700", "save_every_steps=2", f"data.seed={len(stage)}")
+    return ["train", stage, *overrides(run_dir, *budget)]
+
+
+def outcome(run_dir: Path) -> tuple[list[dict], str, str]:
+    """(all metrics but the speed, by step; hash of the exported weights; the DONE file)."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("tokens_per_second", None)
+    digest = hashlib.sha256((run_dir / "export" / "model.safetensors").read_bytes()).hexdigest()
+    return records, digest, (run_dir / "DONE").read_text()
+
+
+def finish(stage: str, run_dir: Path) -> tuple[list[dict], str, str]:
+    done = omni_train(*stage_command(stage, run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return outcome(run_dir)
+
+
+def num_steps_logged(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def is_saving(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("tmp_step_*"))
+
+
+def kill_when(stage: str, run_dir: Path, is_time: Callable[[], bool]) -> int:
+    """Start the stage, SIGKILL all of its ranks as soon as ``is_time``; the number of steps logged by then."""
+    process = start(*stage_command(stage, run_dir))
+    deadline = time.monotonic() + START_LIMIT_SEC
+    try:
+        while not is_time():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (run_dir / "DONE").exists(), "the kill came too late"
+    return num_steps_logged(run_dir)
+
+
+def assert_same(resumed: tuple[list[dict], str, str], straight: tuple[list[dict], str, str]) -> None:
+    records, digest, done = resumed
+    assert [r["step"] for r in records] == [r["step"] for r in straight[0]]
+    for ours, theirs in zip(records, straight[0], strict=True):
+        assert ours == theirs, f"step {ours['step']}"
+    assert (digest, done) == straight[1:]
+
+
+def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    straight = finish("s1_encoders", tmp_path / "straight" / "s1_encoders")
+    records = straight[0]
+    assert records[-2]["step"] == NUM_STEPS
+    assert len({r["samples"] for r in records[:-1]}) == NUM_STEPS, "every step has samples of its own"
+    killed = tmp_path / "killed" / "s1_encoders"
+    assert 5 <= kill_when("s1_encoders", killed, lambda: num_steps_logged(killed) >= 5) < NUM_STEPS
+    assert_same(finish("s1_encoders", killed), straight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", ["s1_encoders", "s2_general", "s3_long_context"])
+def test_kills_at_random_points_and_during_a_save_leave_no_trace(stage: str, tmp_path: Path) -> None:
+    straight = finish(stage, tmp_path / "straight" / stage)
+    killed = tmp_path / "killed" / stage
+    draw = random.Random(stage)
+    first = draw.randint(1, 4)
+    steps = [kill_when(stage, killed, lambda: num_steps_logged(killed) >= first)]
+
+    steps.append(kill_when(stage, killed, lambda: is_saving(killed) and num_steps_logged(killed) >= 4))
+    is_cut_short = is_saving(killed)
+    later = draw.randint(steps[-1] + 1, NUM_STEPS - 2)
+    steps.append(kill_when(stage, killed, lambda: num_steps_logged(killed) >= later))
+    print(f"\n{stage}: killed after steps {steps}, the second while saving (left uncommitted: {is_cut_short})")
+    assert_same(finish(stage, killed), straight)
+    assert not is_saving(killed), "folders of interrupted saves are removed"
