@@ -1,0 +1,106 @@
+"""The command line: help that teaches, one message on a user's error, tracebacks kept for bugs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omni_train import cli
+from omni_train.config import ConfigError, available
+
+
+@pytest.fixture(autouse=True)
+def started_by_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "OMNI_TRAIN_FAILURES", "OMNI_TRAIN_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def help_of(capsys, *command: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_commands_with_examples(capsys) -> None:
+    text = help_of(capsys)
+    for command in cli.COMMANDS:
+        assert f"    {command} " in text
+    assert "omni-train run recipes/tiny.yaml" in text and "omni-train train s2_general" in text
+
+
+def test_help_of_train_teaches_overrides_and_resuming(capsys) -> None:
+    text = help_of(capsys, "train")
+    words = " ".join(text.split())
+    for stage in available():
+        assert stage in words
+    for example in ("'+mixture.more={shards:", "'~stage.components.", "+init.all=", "torchrun", "goes on", "status 85"):
+        assert example in words
+
+
+def test_help_of_run_teaches(capsys) -> None:
+    text = help_of(capsys, "run")
+    assert "run_dir=runs/second seed=1" in text and "goes on where it was stopped" in text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "s2_generl"],
+        ["run", "recipes/none.yaml"],
+        ["eval", "no/such/export"],
+        ["export", "no/such/run", "out"],
+        ["data", "prepare", "tyni"],
+        ["data", "check", "no/such/folder"],
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(command: list[str], capsys) -> None:
+    assert cli.main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("omni-train: error: ") and captured.err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.setitem(cli.COMMANDS, "report", lambda *_: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        cli.main(["report", "x"])
+
+
+def test_a_users_error_keeps_its_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMNI_TRAIN_TRACEBACK", "1")
+    with pytest.raises(ConfigError):
+        cli.main(["train", "s2_generl"])
+
+
+def test_an_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "report", interrupted)
+    assert cli.main(["report", "x"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_checking_a_configuration_needs_no_heavy_import() -> None:
+    code = (
+        "import sys\nfrom omni_train.cli import main\nassert main(['train', 's2_general', 'data.contxt=1']) == 2\n"
+        "print(sorted({'torch', 'transformers', 'deepspeed', 'wandb', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(cli.__file__).parents[1], check=False
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_report_passes_the_bars_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    seen = {}
+    monkeypatch.setattr(
+        "omni_train.reporting.report.write_report", lambda run_dir, bars=None: seen.update(bars=bars) or run_dir
+    )
+    assert cli.main(["report", str(tmp_path), "--recipe", "recipes/tiny.yaml"]) == 0
+    assert seen["bars"]["spoken_word_exact"] == 0.95

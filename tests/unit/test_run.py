@@ -1,0 +1,122 @@
+"""Recipes and run folders: what is checked before a stage starts, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from omni_train import run as running
+from omni_train.config import ConfigError, RunConfig, load, to_dict
+from omni_train.run import check_unchanged, load_recipe, stage_line, stage_overrides, start_stage
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+TWO_STAGES = """
+name: two
+overrides: [model=tiny, engine=cpu1]
+stages:
+  - stage: text_pretrain
+    overrides: [stage.context=128]
+  - stage: s2_general
+    init: {llm: text_pretrain}
+"""
+
+
+def half_done(folder: Path, *overrides: str) -> RunConfig:
+    """A run folder as a killed stage leaves it, and its configuration."""
+    config = load("s2_general", [f"run_dir={folder}", *overrides])
+    (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000004" / "COMMIT").write_text("4\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    return config
+
+
+def test_a_recipe_hands_each_stage_the_exports_it_names(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, TWO_STAGES))
+    first, second = recipe.stages
+    assert stage_overrides(recipe, first, Path("r"), ["seed=3"]) == [
+        *("model=tiny", "engine=cpu1", "stage.context=128", "seed=3", "run_dir=r/text_pretrain")
+    ]
+    overrides = stage_overrides(recipe, second, Path("r"), [])
+    assert overrides[-2:] == ["+init.llm=r/text_pretrain/export", "run_dir=r/s2_general"]
+    assert load("s2_general", overrides).init == {"llm": "r/text_pretrain/export"}
+
+
+@pytest.mark.parametrize(
+    "before, after, parts",
+    [
+        ("stage: s2_general", "stage: s2_generl", ["no stage 's2_generl'", "did you mean 's2_general'"]),
+        ("llm: text_pretrain", "llm: text_pretrian", ["s2_general.init.llm = 'text_pretrian'", "(text_pretrain)"]),
+        ("overrides: [model", "overides: [model", ["recipe.yaml", "'overides'"]),
+    ],
+)
+def test_a_wrong_recipe_names_file_key_and_choice(tmp_path: Path, before: str, after: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write_recipe(tmp_path, TWO_STAGES.replace(before, after, 1)))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_missing_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="no recipe 'recipes/tyni.yaml'; did you mean 'recipes/tiny.yaml'"):
+        load_recipe(Path("recipes/tyni.yaml"))
+
+
+def test_a_half_done_stage_goes_on_with_the_same_configuration(tmp_path: Path) -> None:
+    half_done(tmp_path)
+    check_unchanged(load("s2_general", [f"run_dir={tmp_path}", "save_every_steps=7", "engine.threads=2", "eval_tokens=9"]))
+
+
+def test_a_half_done_stage_refuses_another_configuration(tmp_path: Path) -> None:
+    half_done(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_unchanged(load("s2_general", [f"run_dir={tmp_path}", "stage.context=1024", "seed=1"]))
+    for part in (str(tmp_path), "half-done", "stage.context (512 → 1024)", "seed (0 → 1)", "another run_dir"):
+        assert part in str(caught.value)
+
+
+def test_the_mixture_may_change_where_the_policy_allows_it(tmp_path: Path) -> None:
+    half_done(tmp_path)
+    changed = [f"run_dir={tmp_path}", "mixture.text.weight=0.9"]
+    with pytest.raises(ConfigError, match="mixture.text.weight"):
+        check_unchanged(load("s2_general", changed))
+    check_unchanged(load("s2_general", [*changed, "data.resume_policy=reweight"]))
+
+
+def test_a_folder_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
+    half_done(tmp_path)
+    (tmp_path / "checkpoints" / "step_00000004" / "COMMIT").unlink()
+    check_unchanged(load("s2_general", [f"run_dir={tmp_path}", "stage.context=1024"]))
+
+
+def test_a_finished_stage_is_skipped_and_not_silently_when_it_would_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config = half_done(tmp_path)
+    (tmp_path / "DONE").write_text("{}\n")
+    monkeypatch.setattr("omni_train.launching.local.run_ranks", lambda *_: pytest.fail("a rank was started"))
+    assert start_stage(config, []) == 0
+    assert "s2_general: finished before" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="finished stage of another configuration: stage.context"):
+        start_stage(load("s2_general", [f"run_dir={tmp_path}", "stage.context=1024"]), [])
+
+
+def test_a_stage_is_started_on_its_ranks_and_its_status_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("omni_train.launching.local.run_ranks", lambda *call: calls.append(call) or 85)
+    monkeypatch.setattr(running, "check_inputs", lambda config: None)
+    config = load("s2_general", [f"run_dir={tmp_path}", "engine.threads=3"])
+    assert start_stage(config, ["s2_general", "engine.threads=3"]) == 85
+    assert calls == [(["train", "s2_general", "engine.threads=3"], 2, 3)]
+
+
+def test_stage_line_is_one_compact_line() -> None:
+    stage = {"name": "s2", "tokens": 12_345, "seconds": 67.8, "loss": {"text": 1.23456, "audio": 0.5}}
+    assert stage_line({"stages": [stage]}, "s2") == "  s2: 12,345 tokens in 68 s; held-out loss text 1.235 audio 0.500"
