@@ -39,7 +39,7 @@ RUN_EPILOG = """examples:
   omni-train run recipes/tiny.yaml run_dir=runs/second seed=1
   omni-train run recipes/tiny.yaml run_dir=runs/small model=small engine=gpu1
 
-The same command goes on where it was stopped. Stage N writes run_dir/STAGE/; results.json and report.html lie in run_dir.
+The same command goes on where it was stopped. A stage writes run_dir/STAGE/; results and report lie in run_dir.
 """
 
 
@@ -64,11 +64,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("stage", help=f"one of: {', '.join(configuration.available())}")
     train.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=tiny engine=cpu2 stage.context=512")
 
-    evaluate = commands.add_parser("eval", help="held-out capabilities of an export, each beside a control with swapped media")
+    evaluate = commands.add_parser(
+        "eval", help="held-out capabilities of an export, beside controls with swapped media"
+    )
     evaluate.add_argument("folder", help="an export folder of a Thinker stage")
     evaluate.add_argument("--recipe", default="recipes/tiny.yaml", help="the recipe whose evaluation section to use")
     evaluate.add_argument("--split", default="heldout", help="heldout (default) or validation")
-    evaluate.add_argument("--yarn", choices=["on", "off"], default="on", help="off: drop YaRN from the folder's configuration")
+    evaluate.add_argument("--yarn", choices=["on", "off"], default="on", help="off: drop the folder's YaRN")
     evaluate.add_argument("--prefix", default="", help="prefix of the result names")
     evaluate.add_argument("--tasks", nargs="*", help="only these tasks")
     evaluate.add_argument("--results", help="run folder whose results.json takes the figures")
@@ -116,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_for_user(error: BaseException) -> bool:
-    """Whether our own code raised ``error``: then its message says what to mend. One out of a library is a bug of ours."""
+    """Whether our own code raised ``error``: then its message says what to mend; else it is a bug."""
     from omni_train.data.shard import DataError
 
     trace = error.__traceback__
@@ -134,10 +136,13 @@ def command_train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = configuration.load(options.stage, options.overrides)
     if not is_launched():
         return start_stage(config, arguments[1:])
-    if FAILURES not in os.environ and os.environ["RANK"] == "0":  # under torchrun nobody has checked yet
-        check_unchanged(config)
-        check_init(config)
-        check_inputs(config)
+    if FAILURES not in os.environ:  # under torchrun nobody has checked yet
+        if os.environ["RANK"] == "0":
+            check_unchanged(config)
+            check_init(config)
+            check_inputs(config)
+        if (Path(config.run_dir) / "DONE").exists():  # a requeued job that had finished
+            return 0
     from omni_train.train import train
 
     train(config)
@@ -155,6 +160,8 @@ def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
     from omni_train.run import load_recipe
 
     recipe = load_recipe(Path(options.recipe))
+    if recipe.evaluation is None:
+        raise ConfigError(f"recipe '{options.recipe}' has no section 'evaluation'; name one that has, with --recipe")
     stage = recipe.evaluation.stage
     config = configuration.load(stage, [*recipe.overrides, *recipe.stage(stage).overrides, *options.overrides])
     if not Path(options.folder).is_dir():
@@ -181,7 +188,7 @@ def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
 
     source = Path(options.run) / "export"
     if not source.is_dir():
-        raise ConfigError(f"'{options.run}' has no export/ folder: the stage is not finished; resume it with its command")
+        raise ConfigError(f"'{options.run}' has no export/ folder: the stage is not finished; resume it")
     shutil.copytree(source, options.folder)
     print(f"wrote {options.folder}")
     return 0

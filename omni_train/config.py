@@ -388,7 +388,7 @@ def key_paths(schema: type, prefix: str = "") -> list[str]:
     for name, kind in get_type_hints(schema).items():
         paths.append(prefix + name)
         inner = get_args(kind)[1] if get_origin(kind) is dict else kind
-        if is_dataclass(inner):
+        if isinstance(inner, type) and is_dataclass(inner):
             paths += key_paths(inner, f"{prefix}{name}." + ("*." if inner is not kind else ""))
     return paths
 

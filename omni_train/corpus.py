@@ -1,4 +1,4 @@
-"""Prepare a corpus of ``data/``: its shards, its tokenizer, its index, and the link ``current`` that configurations name."""
+"""Prepare a corpus of ``data/``: its shards, its tokenizer, its index, the link ``current`` that data.root names."""
 
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ another configuration than it was started with.
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +22,17 @@ from omni_train import config as configuration
 from omni_train.config import ConfigError, RunConfig, nearest, to_dict
 
 MAY_CHANGE = (
-    *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints", "eval_every_steps", "eval_tokens"),
-    *("validation", "data.num_workers", "data.resume_policy"),
+    *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints"),
+    *("eval_every_steps", "eval_tokens", "validation", "data.num_workers", "data.resume_policy"),
     *("engine.num_processes", "engine.threads", "engine.timeout_sec", "engine.recompute"),
 )
 """Keys, with what lies below them, that do not change what a run learns. The ranks of a checkpoint are checked when it
 is loaded; the mixture by the planner, where data.resume_policy allows a change."""
 
+
 @dataclass(kw_only=True, slots=True)
 class RecipeStage:
-    """One stage: overrides of its YAML, and for each component the recipe stage (or folder) whose export it starts from."""
+    """One stage: overrides of its YAML, and for each component the stage (or folder) whose export it starts from."""
 
     stage: str
     overrides: list[str] = field(default_factory=list)
@@ -37,7 +41,7 @@ class RecipeStage:
 
 @dataclass(kw_only=True, slots=True)
 class Evaluation:
-    """What to measure on the export of ``stage``: {source: [task]} of the held-out split; ``bars`` are printed beside."""
+    """What to measure on the export of ``stage``: {source: [task]} of the held-out split, with printed ``bars``."""
 
     stage: str
     sources: dict[str, list[str]]
@@ -68,7 +72,8 @@ class Recipe:
         for stage in self.stages:
             if stage.stage == name:
                 return stage
-        raise ConfigError(f"recipe '{self.name}' has no stage '{name}'; {nearest(name, [s.stage for s in self.stages])}")
+        choices = [stage.stage for stage in self.stages]
+        raise ConfigError(f"recipe '{self.name}' has no stage '{name}'; {nearest(name, choices)}")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -81,13 +86,13 @@ def load_recipe(path: Path) -> Recipe:
         raise ConfigError(f"no recipe '{path}'; {nearest(str(path), folder) if folder else 'give a YAML file'}")
     try:
         values = OmegaConf.create(yaml.safe_load(path.read_text()))
-        recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
+        recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe '{path}': {configuration.explain(error)}") from error
     before: list[str] = []
     for stage in recipe.stages:
-        if stage.stage not in configuration.available():
-            raise ConfigError(f"recipe '{path}': no stage '{stage.stage}'; {nearest(stage.stage, configuration.available())}")
+        if stage.stage not in (known := configuration.available()):
+            raise ConfigError(f"recipe '{path}': no stage '{stage.stage}'; {nearest(stage.stage, known)}")
         for component, source in stage.init.items():
             if source not in before and not Path(source).is_dir():
                 raise ConfigError(
@@ -100,9 +105,10 @@ def load_recipe(path: Path) -> Recipe:
 
 def stage_overrides(recipe: Recipe, stage: RecipeStage, run_dir: Path, extra: list[str]) -> list[str]:
     """Hydra overrides of one stage of a recipe."""
-    folders = {name: str(run_dir / source / "export") for name, source in stage.init.items() if not Path(source).is_dir()}
-    folders |= {name: source for name, source in stage.init.items() if Path(source).is_dir()}
-    init = [f"+init.{component}={folder}" for component, folder in folders.items()]
+    init = []
+    for component, source in stage.init.items():
+        folder = source if Path(source).is_dir() else run_dir / source / "export"
+        init.append(f"+init.{component}={folder}")
     return [*recipe.overrides, *stage.overrides, *extra, *init, f"run_dir={run_dir / stage.stage}"]
 
 
@@ -149,7 +155,7 @@ def check_inputs(config: RunConfig) -> None:
 
     root = Path(config.data.root)
     if not root.exists():
-        raise ConfigError(f"data.root '{root}' does not exist; make the small corpus with `omni-train data prepare tiny`")
+        raise ConfigError(f"data.root '{root}' does not exist; make a small one: `omni-train data prepare tiny`")
     patterns = [pattern for source in config.mixture.values() for pattern in source.shards]
     patterns += [pattern for group in config.validation.values() for pattern in group]
     shards = expand([pattern if "://" in pattern else str(root / pattern) for pattern in patterns])
@@ -181,7 +187,21 @@ def start_stage(config: RunConfig, arguments: list[str]) -> int:
         return 0
     check_init(config)
     check_inputs(config)
-    return run_ranks(["train", *arguments], config.engine.num_processes, config.engine.threads)
+    with held(Path(config.run_dir)):
+        return run_ranks(["train", *arguments], config.engine.num_processes, config.engine.threads)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process. Raises ConfigError while another command holds it; a dead one does not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another command is training in '{folder}'; wait for it, or give another run_dir"
+            raise ConfigError(message) from None
+        yield
 
 
 def run(path: Path, overrides: list[str]) -> int:

@@ -2,8 +2,8 @@
 
     tmp_step_N/<engine>/...  trainer.json  → fsync → COMMIT → fsync → rename to step_N → fsync of the parent
 
-Nothing but a ``step_*`` folder holding ``COMMIT`` is ever loaded; what a kill left half-written or half-deleted is removed
-at the next start and at the next save.
+Nothing but a ``step_*`` folder holding ``COMMIT`` is ever loaded; what a kill left half-written is removed at the next
+start and at the next save.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def save(folder: Path, step: int, engines: dict[str, Any], state: dict[str, Any], ranks: Ranks, keep: int) -> Path:
-    """Write and commit checkpoint ``step`` of all trained engines with the trainer's state; keep the newest ``keep``."""
+    """Write and commit checkpoint ``step`` of the trained engines and the trainer's state; keep the newest ``keep``."""
     temporary, final = folder / f"tmp_step_{step:08d}", folder / f"step_{step:08d}"
     if ranks.is_main:
         remove_leftovers(folder)

@@ -1,6 +1,6 @@
 """Start the ranks of a command on this machine: a process each, all ended when one fails, one message for all of them.
 
-    run_ranks ──spawn──▶ rank 0 … rank n, each writes why it failed (report_failure) ──▶ the first cause is printed once
+run_ranks ──spawn──▶ rank 0 … rank n, each writes why it failed (report_failure) ──▶ the first cause is printed once
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def is_launched() -> bool:
 def run_ranks(command: list[str], num_processes: int, threads: int) -> int:
     """Run ``python -m omni_train.cli COMMAND`` on ``num_processes`` ranks; 0, or the exit status of the first to fail.
 
-    When a rank ends with an error the others are terminated, killed after 10 s, and the message of the rank that failed
-    first is printed, once. Signals TERM, INT and USR1 are passed on. A rank that a signal ended counts as 128 + its number.
+    When a rank ends with an error the others are terminated, killed after 10 s, and the message of the rank that
+    failed first is printed, once. Signals TERM, INT and USR1 are passed on. A rank that a signal ended counts as 128 +
+    its number.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
     address["OMP_NUM_THREADS"] = str(threads)
@@ -93,7 +94,7 @@ def prepare_rank() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     sys.excepthook = _report_uncaught
-    if sys.platform == "linux" and FAILURES in os.environ:  # the starter may be killed: then this rank saves and leaves too
+    if sys.platform == "linux" and FAILURES in os.environ:  # a killed starter: save and leave too
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

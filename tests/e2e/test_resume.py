@@ -1,4 +1,4 @@
-"""Killed at any point, the same command again gives the uninterrupted run: samples, losses and final weights, bit for bit."""
+"""Killed at any point, the same command again gives the uninterrupted run bit for bit: samples, losses, weights."""
 
 from __future__ import annotations
 

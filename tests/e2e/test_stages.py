@@ -1,14 +1,15 @@
-"""A micro recipe through the real command: seven stages, two steps each, handed over by export, loaded by transformers."""
+"""A micro recipe through the real command: seven stages, two steps each, handed over by export; stock loading."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from corpus import ROOT, micro_corpus, omni_train, overrides
+from corpus import ROOT, environment, omni_train, overrides
 
 STAGES = [
     "text_pretrain",
@@ -67,12 +68,16 @@ def test_a_stage_starts_from_the_exports_before_it(finished) -> None:
     from safetensors.torch import load_file
 
     run_dir = finished[0]
-    first, second = (load_file(run_dir / stage / "export" / "model.safetensors") for stage in ("s1_adapters", "s1_encoders"))
-    text = load_file(run_dir / "text_pretrain" / "export" / "model.safetensors")
+    text, first, second = (
+        load_file(run_dir / stage / "export" / "model.safetensors")
+        for stage in ("text_pretrain", "s1_adapters", "s1_encoders")
+    )
     llm = [name for name in text if "audio_tower" not in name and "visual" not in name]
-    assert llm and all(text[name].equal(first[name]) and text[name].equal(second[name]) for name in llm), "S1 freezes the LLM"
+    assert llm
+    for name in llm:  # S1 freezes the LLM
+        assert text[name].equal(first[name]) and text[name].equal(second[name]), name
     towers = [name for name in first if "audio_tower" in name or "visual" in name]
-    assert towers and sum(first[name].equal(second[name]) for name in towers) < len(towers) / 2, "S1 trains the encoders"
+    assert sum(first[name].equal(second[name]) for name in towers) < len(towers) / 2, "the encoders train"
 
 
 def test_a_finished_run_is_skipped_and_a_changed_one_refused(finished) -> None:
@@ -85,4 +90,20 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(finished) -> None:
     changed = omni_train(*command, "stage.total_tokens=1300")
     assert changed.returncode == 2 and "stage.total_tokens (1200.0 → 1300.0)" in changed.stderr
     assert len(changed.stderr.splitlines()) == 1 and "finished stage" in changed.stderr
-    assert micro_corpus().exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_under_torchrun_its_ranks_win_and_a_finished_stage_ends_at_once(tmp_path: Path) -> None:
+    values = overrides(tmp_path / "s2", "stage.total_tokens=1000", "engine.num_processes=1", "engine.expert_parallel=2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "omni_train.cli"]
+
+    def torchrun() -> subprocess.CompletedProcess[str]:
+        command = [*launcher, "train", "s2_general", *values]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+    done = torchrun()
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = (tmp_path / "s2" / "metrics.jsonl").read_bytes()
+    again = torchrun()
+    assert again.returncode == 0 and (tmp_path / "s2" / "metrics.jsonl").read_bytes() == records

@@ -77,9 +77,7 @@ def test_a_truncated_shard_is_named_with_the_byte(own_corpus: Path, tmp_path: Pa
     shard = first_shard(own_corpus, "speech")
     with open(shard, "r+b") as file:
         file.truncate(shard.stat().st_size // 2 + 100)
-    message = message_of(
-        "train", "s2_general", *overrides(tmp_path / "run", f"data.root={own_corpus}"), limit_sec=30.0
-    )
+    message = message_of("train", "s2_general", *overrides(tmp_path / "run", f"data.root={own_corpus}"), limit_sec=30.0)
     assert shard.name in message and "byte " in message and "rewrite the shard" in message
     assert not (tmp_path / "run").exists()
 
@@ -92,8 +90,6 @@ def test_a_message_naming_a_missing_member_is_named_with_its_sample(own_corpus: 
         member.size = len(content)
         tar.addfile(member, BytesIO(content))
     Path(f"{shard}.idx").unlink()  # tar pads to 10,240 bytes: one more sample may leave the size as it was
-    message = message_of(
-        "train", "s2_general", *overrides(tmp_path / "run", f"data.root={own_corpus}"), limit_sec=30.0
-    )
+    message = message_of("train", "s2_general", *overrides(tmp_path / "run", f"data.root={own_corpus}"), limit_sec=30.0)
     for part in (shard.name, "'lonely'", "a.png", "mend the sample"):
         assert part in message

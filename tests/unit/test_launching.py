@@ -14,7 +14,12 @@ import pytest
 
 from omni_train.launching import local
 
-PRELUDE = "import os, sys, time, signal; from omni_train.launching.local import prepare_rank, report_failure; rank = int(os.environ['RANK']); prepare_rank()\n"
+PRELUDE = """
+import os, sys, time, signal
+from omni_train.launching.local import prepare_rank, report_failure
+rank = int(os.environ['RANK'])
+prepare_rank()
+"""
 
 
 @pytest.fixture
@@ -94,7 +99,10 @@ def test_a_stop_signal_reaches_all_ranks_and_their_status_is_kept(rank_program, 
 
 
 def test_the_ranks_of_a_killed_starter_stop(tmp_path: Path) -> None:
-    rank = f"import time; from omni_train.launching.local import prepare_rank; prepare_rank(); open(r'{tmp_path}/up', 'w').close(); time.sleep(60)"
+    rank = (
+        "import time\nfrom omni_train.launching.local import prepare_rank\nprepare_rank()\n"
+        f"open(r'{tmp_path}/up', 'w').close()\ntime.sleep(60)"
+    )
     starter = (
         "import subprocess, sys\nfrom omni_train.launching import local\nspawn = subprocess.Popen\n"
         f"local.subprocess.Popen = lambda command, env: spawn([sys.executable, '-c', {rank!r}], env=env)\n"

@@ -71,7 +71,8 @@ def test_a_missing_recipe_names_the_nearest() -> None:
 
 def test_a_half_done_stage_goes_on_with_the_same_configuration(tmp_path: Path) -> None:
     half_done(tmp_path)
-    check_unchanged(load("s2_general", [f"run_dir={tmp_path}", "save_every_steps=7", "engine.threads=2", "eval_tokens=9"]))
+    harmless = ["save_every_steps=7", "engine.threads=2", "eval_tokens=9"]
+    check_unchanged(load("s2_general", [f"run_dir={tmp_path}", *harmless]))
 
 
 def test_a_half_done_stage_refuses_another_configuration(tmp_path: Path) -> None:
@@ -108,7 +109,9 @@ def test_a_finished_stage_is_skipped_and_not_silently_when_it_would_differ(
         start_stage(load("s2_general", [f"run_dir={tmp_path}", "stage.context=1024"]), [])
 
 
-def test_a_stage_is_started_on_its_ranks_and_its_status_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_is_started_on_its_ranks_and_its_status_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     monkeypatch.setattr("omni_train.launching.local.run_ranks", lambda *call: calls.append(call) or 85)
     monkeypatch.setattr(running, "check_inputs", lambda config: None)
@@ -120,3 +123,11 @@ def test_a_stage_is_started_on_its_ranks_and_its_status_returned(tmp_path: Path,
 def test_stage_line_is_one_compact_line() -> None:
     stage = {"name": "s2", "tokens": 12_345, "seconds": 67.8, "loss": {"text": 1.23456, "audio": 0.5}}
     assert stage_line({"stages": [stage]}, "s2") == "  s2: 12,345 tokens in 68 s; held-out loss text 1.235 audio 0.500"
+
+
+def test_a_run_folder_is_held_by_one_command_at_a_time(tmp_path: Path) -> None:
+    with running.held(tmp_path / "run"), pytest.raises(ConfigError, match="another command is training in"):
+        with running.held(tmp_path / "run"):
+            pytest.fail("held twice")
+    with running.held(tmp_path / "run"):
+        pass
