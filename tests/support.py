@@ -1,0 +1,471 @@
+"""What tests share: a micro model, synthetic documents of every modality, and ranks as forked processes.
+
+    Case ──run_case (in N gloo ranks)──▶ Trajectory: metrics of every step, as Trainer.step returns them
+
+A ``Case`` fixes what is trained and how the work is split. ``documents`` depends on what is trained only, so two cases
+that differ in the split see the same tokens and must give the same trajectory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import deepspeed  # noqa: F401, E402  (what every rank needs is imported once, before the ranks are forked)
+from deepspeed.module_inject import auto_ep_layer  # noqa: F401, E402
+
+from omni_train import train  # noqa: E402
+from omni_train.config import (  # noqa: E402
+    AudioModelConfig,
+    ComponentConfig,
+    DataConfig,
+    DecoderModelConfig,
+    EngineConfig,
+    ModelConfig,
+    Objective,
+    RunConfig,
+    Schedule,
+    StageConfig,
+    TextModelConfig,
+    VisionModelConfig,
+)
+from omni_train.data import encode  # noqa: E402
+from omni_train.data.contracts import IGNORE_INDEX, Document, Pack  # noqa: E402
+from omni_train.data.media_tokens import audio_num_tokens  # noqa: E402
+from omni_train.data.pipeline import media_geometry  # noqa: E402
+from omni_train.data.positions import tm_rope_positions  # noqa: E402
+from omni_train.data.tokenizer import TokenIds, load_tokenizer, token_ids, train_tokenizer  # noqa: E402
+from omni_train.engine import deepspeed as engine_module  # noqa: E402
+from omni_train.engine import parallel  # noqa: E402
+from omni_train.engine.deepspeed import GradientGuard  # noqa: E402
+from omni_train.engine.export import component_hashes, full_state_dict  # noqa: E402
+from omni_train.engine.parallel import Ranks  # noqa: E402
+from omni_train.launching.local import free_port  # noqa: E402
+from omni_train.models import thinker, towers  # noqa: E402
+from omni_train.models.attention import Segments  # noqa: E402
+from omni_train.stage import build_stage  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_sec: float = 100.0) -> list[Any]:
+    """What ``function(ranks, *args)`` returned on each of ``world`` gloo ranks; it must be a module's own function.
+
+    Ranks are forked from a server that has imported this module, so that a start takes a fraction of a second. Raises
+    RuntimeError with the traceback of the first rank that failed; the others are killed.
+    """
+    context = _fork_server()
+    port, processes, pipes = free_port(), [], []
+    for rank in range(world):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank, args=(sender, rank, world, port, timeout_sec - 2, function, args), daemon=True
+        )
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    try:
+        return _results(pipes, time.monotonic() + timeout_sec)
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _results(pipes: list[multiprocessing.connection.Connection], deadline: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    while len(found) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in found]
+        ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(set(range(len(pipes))) - set(found))} did not answer in time")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                error, found[rank] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if error:
+                raise RuntimeError(f"rank {rank} failed:\n{error}")
+    return [found[rank] for rank in range(len(pipes))]
+
+
+@functools.cache
+def _fork_server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support"])
+    # NOTE: the server does not get our sys.path, and a preload that fails says nothing (it only makes every rank slow).
+    folder, before = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _rank(
+    sender: Any, rank: int, world: int, port: int, timeout_sec: float, function: Callable[..., Any], args: tuple
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # DeepSpeed prints
+        warnings.simplefilter("ignore")
+        faulthandler.dump_traceback_later(timeout_sec, file=sys.__stderr__)  # where a rank hangs
+        try:
+            ranks = parallel.start(EngineConfig(timeout_sec=120.0))
+            sender.send((None, function(ranks, *args)))
+            parallel.stop()
+        except BaseException:
+            sender.send((traceback.format_exc(), None))
+            os._exit(1)  # a peer may hang in a collective: leave without the process group's goodbye
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+EVERYTHING = ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter")
+TOWERS = EVERYTHING[1:]
+ADAPTERS = ("audio_adapter", "vision_adapter")
+
+
+@functools.cache
+def tokenizer_folder() -> str:
+    """A tokenizer of 300 tokens, made once a session; its folder goes away with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="omni-train-tokenizer-")
+    _KEEP.append(folder)
+    train_tokenizer(["user\nassistant\nwhat is this? a cat, a dog\n"] * 8, 300, Path(folder.name))
+    return folder.name
+
+
+_KEEP: list[tempfile.TemporaryDirectory] = []
+
+
+def micro_model(num_experts: int = 4) -> ModelConfig:
+    """Every part of the real model, as small as it goes.
+
+    NOTE: more LLM layers than DeepStack levels. What is added after the last layer stays where the pictures are, so
+    with as many levels as layers the last merger gets no gradient.
+    """
+    return ModelConfig(
+        name="micro",
+        text=TextModelConfig(
+            vocab_size=320,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            moe_intermediate_size=16,
+            num_experts=num_experts,
+            num_experts_per_tok=2,
+            mrope_section=[4, 2, 2],
+            max_position_embeddings=512,
+            rope_theta=10_000.0,
+        ),
+        audio=AudioModelConfig(
+            d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, downsample_hidden_size=4
+        ),
+        vision=VisionModelConfig(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=32,
+            num_heads=2,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0, 1],
+            patch_size=4,
+            min_pixels=64,
+            max_pixels=4096,
+        ),
+        decoder=DecoderModelConfig(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A short training run: what is trained on what, and how the work is split."""
+
+    # What: cases that agree in these must give the same trajectory.
+    kinds: tuple[str, ...] = ("text", "short_audio", "image", "video", "image_audio", "audio", "silent_text", "image")
+    components: tuple[str, ...] = EVERYTHING
+    objective: str = "next_token"
+    router_aux_coef: float = 0.1
+    lr: float = 3e-3
+    weight_decay: float = 0.1
+    num_steps: int = 20
+    num_experts: int = 4
+    ctc_weight: float = 0.0
+    # How.
+    world: int = 1
+    documents_per_pack: int = 1
+    expert_parallel: int = 1
+    zero_stage: int = 1
+    recompute: bool = False
+    shards_all: bool = False  # ZeRO-3 leaves parameters under 1e5 entries whole: here it would shard none
+    mutation: str = ""
+
+
+def run_config(case: Case) -> RunConfig:
+    """The configuration of a case, in fp32.
+
+    Why the comparison of trajectories is meaningful although AdamW's step is close to lr × sign(gradient) where a
+    gradient is tiny: an entry whose sign rounding decides has a gradient of the size of rounding, so that moving it by
+    lr either way changes the loss by about lr × 1e-9. lr is large enough to take nats off the loss within 20 steps, so
+    that a wrong gradient shows, and small enough that differences of rounding do not grow.
+    """
+    return RunConfig(
+        stage=StageConfig(
+            name="test",
+            objective=Objective[case.objective],
+            components={name: ComponentConfig(lr=case.lr, weight_decay=case.weight_decay) for name in case.components},
+            context=512,
+            total_tokens=1e6,
+            router_aux_coef=case.router_aux_coef,
+            ctc_weight=case.ctc_weight,
+            schedule=Schedule.constant,
+            grad_clip=1.0,
+        ),
+        model=micro_model(case.num_experts),
+        mixture={},
+        data=DataConfig(root="unused", tokenizer=tokenizer_folder(), lanes=max(case.world, len(case.kinds))),
+        engine=EngineConfig(
+            num_processes=case.world,
+            expert_parallel=case.expert_parallel,
+            zero_stage=case.zero_stage,
+            recompute=case.recompute,
+        ),
+        run_dir="unused",
+    )
+
+
+def document(kind: str, config: RunConfig, ids: TokenIds, rng: np.random.Generator, name: str) -> Document:
+    """A random document of 16 words. Its labels are a suffix of 1 to 24 tokens; silent_text has none."""
+    geometry = media_geometry(config.model.vision)
+    mels, images, videos = [], [], []
+    tokens = rng.integers(0, 16, rng.integers(2, 6)).tolist()
+    for medium in {"image_audio": ["image", "short_audio"]}.get(kind, [kind]):
+        if medium.endswith("audio"):
+            frames = int(rng.integers(9, 99) if medium == "short_audio" else rng.integers(101, 240))
+            mels.append(rng.standard_normal((128, frames), dtype=np.float32))
+            tokens += [ids.audio_start, *[ids.audio_pad] * audio_num_tokens(frames), ids.audio_end]
+        elif medium in ("image", "video"):
+            grid = (1 if medium == "image" else 2, 2 * int(rng.integers(1, 3)), 2 * int(rng.integers(1, 4)))
+            pad = ids.image_pad if medium == "image" else ids.video_pad
+            (images if medium == "image" else videos).append(grid)
+            tokens += [ids.vision_start, *[pad] * (int(np.prod(grid)) // 4), ids.vision_end]
+    num_labels = int(rng.integers(1, 25))
+    input_ids = np.array(tokens + rng.integers(0, 16, num_labels).tolist(), dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    if kind != "silent_text":
+        labels[-num_labels:] = input_ids[-num_labels:]
+    positions = tm_rope_positions(
+        input_ids,
+        ids,
+        audio_num_tokens=[audio_num_tokens(mel.shape[1]) for mel in mels],
+        image_grids=images,
+        video_grids=videos,
+        seconds_per_grid=[1.0] * len(videos),
+        use_audio_in_video=[False] * len(videos),
+        geometry=geometry,
+    )
+
+    def patches(grid: tuple[int, int, int]) -> np.ndarray:
+        return rng.standard_normal((int(np.prod(grid)), geometry.patch_dim), dtype=np.float32)
+
+    modality = {"short_audio": "audio", "image_audio": "image", "silent_text": "text"}.get(kind, kind)
+    return Document(
+        name, modality, input_ids, labels, positions, mels, [patches(g) for g in images], images,
+        [patches(g) for g in videos], videos,
+    )  # fmt: skip
+
+
+def documents(case: Case, config: RunConfig, ids: TokenIds, step: int) -> list[Document | None]:
+    """The documents of a step over all ranks, one a kind; None for the kind "none" (a rank without data)."""
+    rng = np.random.default_rng(step)
+    return [
+        None if kind == "none" else document(kind, config, ids, rng, f"step{step}/{number}")
+        for number, kind in enumerate(case.kinds)
+    ]
+
+
+def packs_of_rank(case: Case, config: RunConfig, ids: TokenIds, step: int, rank: int) -> list[Pack]:
+    """This rank's micro-batches: packs of consecutive documents, dealt to the ranks in turn."""
+    geometry = media_geometry(config.model.vision)
+    found = documents(case, config, ids, step)
+    groups = [found[n : n + case.documents_per_pack] for n in range(0, len(found), case.documents_per_pack)]
+    packs = []
+    for group in groups[rank :: case.world]:
+        present = [item for item in group if item is not None]
+        packs.append(
+            encode.collate(present, patch_dim=geometry.patch_dim) if present else encode.dummy_pack(geometry, ids)
+        )
+    return packs
+
+
+def make_trainer(config: RunConfig, ranks: Ranks, micro_batches: int) -> train.Trainer:
+    """The real Trainer on packs from memory: its constructor's work without shards and loader."""
+    trainer = object.__new__(train.Trainer)
+    trainer.config, trainer.ranks = config, ranks
+    trainer.stage = build_stage(config, load_tokenizer(config.data.tokenizer), ranks, micro_batches)
+    trainer.guards = [GradientGuard(engine.module, ranks.device) for engine in trainer.stage.engines.values()]
+    trainer.position = train.Position()
+    shape = trainer.stage.router_shape
+    trainer.fractions = None if shape is None else torch.full(shape, 1.0 / shape[1])
+    return trainer
+
+
+def component_hashes_of(trainer: train.Trainer) -> dict[str, str]:
+    """A hash of each component's weights. Collective: all ranks call it."""
+    state: dict[str, torch.Tensor] = {}
+    for module in trainer.stage.modules().values():
+        state |= full_state_dict(module)
+    return component_hashes(state)
+
+
+Trajectory = dict[str, np.ndarray]
+"""Metrics of Trainer.step by name, one value a step."""
+
+
+def run_case(ranks: Ranks, case: Case, folder: str) -> Trajectory:
+    """The trajectory of a case; called on every rank."""
+    config = run_config_in(case, folder)
+    ids = token_ids(load_tokenizer(folder))
+    with contextlib.ExitStack() as stack:
+        if case.mutation:
+            stack.enter_context(MUTATIONS[case.mutation]())
+        if case.shards_all:
+            stack.enter_context(_shard_all())
+        micro_batches = len(packs_of_rank(case, config, ids, 0, ranks.rank))
+        trainer = make_trainer(config, ranks, micro_batches)
+        if case.mutation == "world_factor":
+            trainer.ranks = dataclasses.replace(ranks, world=1)
+        steps = [trainer.step(packs_of_rank(case, config, ids, step, ranks.rank)) for step in range(case.num_steps)]
+    names = [name for name in steps[0] if name != "samples"]
+    return {name: np.array([step[name] for step in steps]) for name in names}
+
+
+@contextlib.contextmanager
+def _shard_all() -> Iterator[None]:
+    real = engine_module.deepspeed_config
+
+    def sharding(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = real(*args, **kwargs)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    with mock.patch.object(engine_module, "deepspeed_config", sharding):
+        yield
+
+
+def run_config_in(case: Case, folder: str) -> RunConfig:
+    """The configuration of a case on a rank, which must not train a tokenizer of its own."""
+    with mock.patch(f"{__name__}.tokenizer_folder", lambda: folder):
+        return run_config(case)
+
+
+@functools.cache
+def trajectory(case: Case) -> Trajectory:
+    """The trajectory of a case, run once a session; all ranks must report the same."""
+    results = run_ranks(case.world, run_case, case, tokenizer_folder())
+    for other in results[1:]:
+        for name, values in other.items():
+            assert np.allclose(values, results[0][name], rtol=1e-6), f"ranks report different {name}"
+    return results[0]
+
+
+# ---------------------------------------------------------------------------------------------------- comparison
+
+
+def deviations(a: Trajectory, b: Trajectory) -> dict[str, tuple[float, float]]:
+    """(largest |Δ|, |mean Δ|) relative to b, of loss, router loss and gradient norm over the steps.
+
+    The mean keeps its sign: rounding averages out, a dropped factor does not.
+    """
+    found = {}
+    for name in b:
+        if name.startswith("loss") or name.startswith("grad_norm"):
+            relative = (a[name] - b[name]) / np.maximum(np.abs(b[name]), 1e-12)
+            found[name] = (float(np.abs(relative).max()), float(np.abs(relative.mean())))
+    return found
+
+
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+MEAN_SHARE = 0.5
+"""The mean deviation may be this part of what the largest may be."""
+
+
+def differences(a: Trajectory, b: Trajectory) -> list[str]:
+    """What differs by more than the tolerances; empty when the trajectories are the same."""
+    wrong = []
+    for name, (largest, mean) in deviations(a, b).items():
+        tolerance = NORM_TOLERANCE if name.startswith("grad_norm") else LOSS_TOLERANCE
+        if not (largest <= tolerance and mean <= MEAN_SHARE * tolerance):
+            wrong.append(f"{name}: largest {largest:.1e}, mean {mean:.1e}, allowed {tolerance:.0e}")
+    return wrong
+
+
+# ---------------------------------------------------------------------------------------------------- mutations
+
+
+class _OneSegment:
+    """Segments that are all one: what lies beside each other attends to each other."""
+
+    @staticmethod
+    def of(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
+        return Segments.of([sum(lengths)], device)
+
+
+@contextlib.contextmanager
+def _local_counts() -> Iterator[None]:
+    """Each rank divides by its own labels: the average of averages."""
+    real = train.parallel.sum_over_ranks
+
+    def local(values: torch.Tensor) -> torch.Tensor:
+        world = torch.distributed.get_world_size()
+        return values * world if values.dtype == torch.float64 and values.numel() == 2 else real(values)
+
+    with mock.patch.object(train.parallel, "sum_over_ranks", local):
+        yield
+
+
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "world_factor": contextlib.nullcontext,  # see run_case
+    "local_counts": _local_counts,
+    "pack_mask": lambda: mock.patch.object(thinker, "Segments", _OneSegment),
+    "media_mask": lambda: mock.patch.object(towers, "Segments", _OneSegment),
+    "labels_not_shifted": lambda: mock.patch.object(encode, "shift_labels", lambda labels: labels),
+    "labels_shifted_twice": lambda: mock.patch.object(
+        encode, "shift_labels", lambda labels: np.append(labels[2:], [IGNORE_INDEX] * 2)
+    ),
+}
+"""Ways to break the code that the comparisons must notice; each is switched on inside the ranks."""

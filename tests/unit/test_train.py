@@ -1,0 +1,153 @@
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import (
+    Case,
+    Ranks,
+    component_hashes_of,
+    make_trainer,
+    packs_of_rank,
+    run_config,
+    run_config_in,
+    run_ranks,
+    tokenizer_folder,
+)
+
+from omni_train.config import ComponentConfig, Schedule
+from omni_train.data.tokenizer import load_tokenizer, token_ids
+from omni_train.engine.deepspeed import GradientGuard, set_learning_rates
+from omni_train.objectives.next_token import Losses, LossTerm
+from omni_train.train import NonFiniteError, StepSums, learning_rate_scale
+
+
+def stage(**changes):
+    values = {"warmup_tokens": 100.0, "total_tokens": 1100.0, "min_lr_ratio": 0.1, **changes}
+    return dataclasses.replace(run_config(Case()).stage, **values)
+
+
+@pytest.mark.parametrize(
+    "schedule, tokens, expected",
+    [
+        (Schedule.cosine, 0, 0.01),  # the first step is not lost: as if after one token
+        (Schedule.cosine, 50, 0.5),
+        (Schedule.cosine, 100, 1.0),
+        (Schedule.cosine, 350, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))),  # a quarter of the way: cos 45°
+        (Schedule.cosine, 600, 0.55),
+        (Schedule.cosine, 1100, 0.1),
+        (Schedule.cosine, 5000, 0.1),
+        (Schedule.linear, 350, 0.775),
+        (Schedule.linear, 600, 0.55),
+        (Schedule.linear, 1100, 0.1),
+        (Schedule.constant, 50, 0.5),
+        (Schedule.constant, 600, 1.0),
+        (Schedule.constant, 5000, 1.0),
+    ],
+)
+def test_learning_rate_scale(schedule, tokens, expected):
+    assert learning_rate_scale(stage(schedule=schedule), tokens) == pytest.approx(expected)
+
+
+def test_learning_rate_without_warm_up_starts_at_its_maximum():
+    assert learning_rate_scale(stage(warmup_tokens=0.0, schedule=Schedule.linear), 0) == 1.0
+
+
+def test_each_group_gets_its_components_rate():
+    groups = [{"component": name, "lr": 9.0} for name in ("llm", "audio_adapter", "llm")]
+    components = {"llm": ComponentConfig(lr=1e-3), "audio_adapter": ComponentConfig(lr=4e-3)}
+    set_learning_rates(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), components, 0.5)
+    assert [group["lr"] for group in groups] == [5e-4, 2e-3, 5e-4]
+
+
+def losses(nats, labels, router, assignments):
+    terms = [LossTerm("thinker", name, torch.tensor(s)) for name, s in (("next_token", sum(nats)), ("router", router))]
+    sums = torch.tensor([nats, labels], dtype=torch.float64)
+    return Losses(terms, sums, torch.tensor(assignments))
+
+
+def two_packs(fractions):
+    sums = StepSums.zeros(fractions, torch.device("cpu"))
+    sums.add(losses([6.0, 0.0, 3.0, 0.0, 0.0], [2, 0, 1, 0, 0], 5.0, [[1.0, 3.0]]))
+    sums.add(losses([1.0, 0.0, 0.0, 0.0, 0.0], [2, 0, 0, 0, 0], 7.0, [[2.0, 2.0]]))
+    return sums
+
+
+def test_step_sums_weigh_tokens_not_packs():
+    sums = two_packs(torch.zeros(1, 2))
+    assert sums.loss() == 2.0  # 10 nats over 5 labels; the mean of the packs' means would be 1.75
+    assert sums.by_modality() == {"loss/text": 1.75, "loss/image": 3.0}
+    assert sums.router == 12.0
+    assert sums.router_counts.tolist() == [[3.0, 5.0]]
+
+
+def test_step_sums_without_router_or_labels():
+    sums = StepSums.zeros(None, torch.device("cpu"))
+    assert (sums.loss(), sums.by_modality(), sums.router_counts) == (0.0, {}, None)
+
+
+def reduced(ranks: Ranks):
+    sums = two_packs(torch.zeros(1, 2))
+    if ranks.rank == 1:  # this rank has audio besides
+        sums.add(losses([0.0, 8.0, 0.0, 0.0, 0.0], [0, 2, 0, 0, 0], 1.0, [[0.0, 1.0]]))
+    sums.reduce()
+    return sums.loss(), sums.by_modality(), sums.router, sums.router_counts.tolist()
+
+
+def test_step_sums_over_ranks():
+    expected = (28 / 12, {"loss/text": 1.75, "loss/audio": 4.0, "loss/image": 3.0}, 25.0, [[6.0, 11.0]])
+    assert run_ranks(2, reduced) == [expected] * 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradient_guard_sees_a_bad_gradient_once(value):
+    module = torch.nn.Linear(2, 1, bias=False)
+    guard = GradientGuard(module, torch.device("cpu"))
+    module(torch.tensor([1.0, 2.0])).sum().backward()
+    assert not guard.take()
+    module(torch.tensor([1.0, value])).sum().backward()
+    assert guard.take()
+    assert not guard.take()
+
+
+def poisoned(ranks: Ranks, folder: str):
+    """A good step, then one with a broken clip on rank 1: the error, whether the weights stayed, and the step."""
+    case = Case(kinds=("text", "text", "text", "audio"), world=2, expert_parallel=2)
+    config, ids = run_config_in(case, folder), token_ids(load_tokenizer(folder))
+    trainer = make_trainer(config, ranks, 2)
+    trainer.step(packs_of_rank(case, config, ids, 0, ranks.rank))
+    before = component_hashes_of(trainer)
+    packs = packs_of_rank(case, config, ids, 1, ranks.rank)
+    if ranks.rank == 1:
+        packs[1].mel[0, 0] = math.nan
+    try:
+        trainer.step(packs)
+    except NonFiniteError as error:
+        return str(error), component_hashes_of(trainer) == before, trainer.position.step
+    return "no error", False, trainer.position.step
+
+
+def test_a_non_finite_gradient_stops_every_rank_before_the_optimizer():
+    first, second = run_ranks(2, poisoned, tokenizer_folder())
+    assert first == second
+    message, is_unmoved, step = first
+    assert message.startswith("step 2: loss or gradient is not finite")
+    assert "pack 1 of rank 1: step1/3." in message and "rank 0" not in message
+    assert is_unmoved and step == 1
+
+
+def digests(ranks: Ranks, folder: str):
+    case = Case(kinds=("text",) * 4)
+    config, ids = run_config_in(case, folder), token_ids(load_tokenizer(folder))
+    trainer = make_trainer(config, ranks, 4 // ranks.world)
+    packs = packs_of_rank(dataclasses.replace(case, world=ranks.world), config, ids, 0, ranks.rank)
+    other = packs_of_rank(dataclasses.replace(case, world=ranks.world), config, ids, 1, ranks.rank)
+    return trainer._sample_digest(packs), trainer._sample_digest(packs[::-1]), trainer._sample_digest(other)
+
+
+def test_the_digest_of_a_steps_samples_is_free_of_their_order_and_of_the_ranks():
+    (one,), two = run_ranks(1, digests, tokenizer_folder()), run_ranks(2, digests, tokenizer_folder())
+    assert two == [one, one]
+    assert one[0] == one[1] != one[2]
+    assert len(one[0]) == 14
