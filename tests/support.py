@@ -395,9 +395,9 @@ def run_config_in(case: Case, folder: str) -> RunConfig:
 
 @functools.cache
 def trajectory(case: Case) -> Trajectory:
-    """The trajectory of a case, run once a session; all ranks must report the same."""
+    """The trajectory of a case, run once a session; all ranks must report the same (unless the code is broken)."""
     results = run_ranks(case.world, run_case, case, tokenizer_folder())
-    for other in results[1:]:
+    for other in results[1:] if not case.mutation else []:
         for name, values in other.items():
             assert np.allclose(values, results[0][name], rtol=1e-6), f"ranks report different {name}"
     return results[0]
