@@ -12,11 +12,13 @@ from transformers.models.moonshine.configuration_moonshine import MoonshineConfi
 from transformers.models.moonshine.modeling_moonshine import MoonshineDecoder
 from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
     Qwen3OmniMoeAudioEncoderConfig,
+    Qwen3OmniMoeConfig,
     Qwen3OmniMoeThinkerConfig,
     Qwen3OmniMoeVisionEncoderConfig,
 )
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoeAudioEncoder,
+    Qwen3OmniMoeForConditionalGeneration,
     Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3OmniMoeVisionEncoder,
 )
@@ -36,6 +38,18 @@ TOKEN_FIELDS = {
     "vision_end_token_id": "<|vision_end|>",
 }
 
+# Those of the published tokenizer. NOTE: upstream's defaults are the audio ids of Qwen2.5-Omni.
+PUBLISHED_TOKEN_IDS = {
+    "audio_token_id": 151675,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "audio_start_token_id": 151669,
+    "audio_end_token_id": 151670,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "user_token_id": 872,
+}
+
 
 def rope_parameters(model: ModelConfig, yarn_factor: float) -> dict[str, Any]:
     """RoPE settings of the LLM; YaRN (Peng et al. 2023) extends max_position_embeddings by ``yarn_factor``."""
@@ -51,8 +65,8 @@ def rope_parameters(model: ModelConfig, yarn_factor: float) -> dict[str, Any]:
 def thinker_config(
     model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, yarn_factor: float = 1.0
 ) -> Qwen3OmniMoeThinkerConfig:
-    """The Thinker's transformers configuration; token ids from ``tokenizer``, or upstream's defaults without one."""
-    text, audio, vision = model.text, model.audio, model.vision
+    """The Thinker's transformers configuration; token ids from ``tokenizer``, or the published ones without one."""
+    text = model.text
     text_config = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -78,6 +92,12 @@ def thinker_config(
         tie_word_embeddings=text.tie_word_embeddings,
         **token_ids(tokenizer, text.vocab_size),
     )
+
+
+def omni_config(model: ModelConfig) -> Qwen3OmniMoeConfig:
+    """The configuration of the whole model: Thinker, and the Talker, MTP and Code2Wav that ``model.extra`` holds."""
+    parts = {"enable_audio_output": False} if not model.extra else model.extra
+    return Qwen3OmniMoeConfig(thinker_config=thinker_config(model).to_dict(), **parts)
 
 
 def audio_config(model: ModelConfig) -> Qwen3OmniMoeAudioEncoderConfig:
@@ -117,7 +137,7 @@ def vision_config(model: ModelConfig) -> Qwen3OmniMoeVisionEncoderConfig:
 def token_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> dict[str, int]:
     """The Thinker configuration's token ids, looked up by name. Raises ConfigError where the tokenizer does not fit."""
     if tokenizer is None:
-        return {"vision_start_token_id": 151652, "audio_token_id": 151675}
+        return PUBLISHED_TOKEN_IDS
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"model.text.vocab_size ({vocab_size}) is smaller than the tokenizer ({len(tokenizer)} tokens); "
@@ -141,6 +161,12 @@ def build_thinker(config: Qwen3OmniMoeThinkerConfig, *, seed: int, device: str =
             nn.init.normal_(thinker.model.language_model.embed_tokens.weight, std=0.02)
     use_varlen(thinker.config.text_config, thinker.config.audio_config, thinker.config.vision_config)
     return thinker
+
+
+def build_omni(model: ModelConfig, *, device: str) -> nn.Module:
+    """The whole Qwen3OmniMoeForConditionalGeneration, for counting: its Talker has no usable initial weights."""
+    with torch.device(device):
+        return Qwen3OmniMoeForConditionalGeneration(omni_config(model))
 
 
 def build_encoder(model: ModelConfig, kind: str, *, seed: int) -> nn.Module:

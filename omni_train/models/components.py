@@ -18,6 +18,9 @@ PATTERNS = (
     ("vision_encoder", r"(.*\.)?visual\."),
     ("aut_decoder", r"audio_decoder\."),
     ("vision_decoder", r"vision_decoder\."),
+    ("mtp", r"talker\.code_predictor\."),
+    ("talker", r"talker\."),
+    ("code2wav", r"code2wav\."),
     ("llm", r"(llm\.)?(model|lm_head)\."),
 )
 
