@@ -1,13 +1,14 @@
 """Media towers: mel features and picture patches → embeddings of the LLM's width.
 
-The modules are transformers' own; audio's front end is composed here, because stock pads each clip to its batch mates (a clip
-under one second then changes with them) and attends in fixed windows.
+The modules are transformers' own; audio's front end is composed here, because stock pads each clip to its batch mates
+(a clip under one second then changes with them) and attends in fixed windows.
 
-Shapes: A audio tokens, V visual tokens, P patches, E encoder width, H LLM width.
+Shapes: C chunks, A audio tokens, V visual tokens, P patches, E encoder width, H LLM width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,14 @@ CHUNK_FRAMES = 100  # one second of mel frames, convolved on its own
 CHUNK_TOKENS = 13  # what three stride-2 convolutions leave of it
 
 
-def halve(length: Tensor) -> Tensor:
-    """Length after a convolution of kernel 3, stride 2, padding 1."""
+def halve(length):
+    """Length (int or tensor) after a convolution of kernel 3, stride 2, padding 1."""
     return (length - 1) // 2 + 1
 
 
 @dataclass
 class MediaEmbeds:
-    """What the towers give the LLM: audio [A, H]; visual [V, H] and one [V, H] a DeepStack level, pictures before videos.
+    """What the towers give the LLM: audio [A, H]; visual [V, H] and one [V, H] a DeepStack level, pictures first.
 
     ``anchor`` is a zero that depends on every tower parameter, so that every rank's graph reaches all of them.
     NOTE: no slots here: ZeRO-3's hooks look for tensors in vars(output).
@@ -40,45 +41,84 @@ class MediaEmbeds:
     anchor: Tensor
 
 
+def chunks_of(frames: int, is_continued: bool = False) -> list[tuple[int, int]]:
+    """(frames, frames it is padded to) of each chunk of a clip, or of the rest of a clip that has had whole chunks.
+
+    As in stock, the last chunk of a clip is padded to 100 frames if the clip has a whole one; a shorter clip is not.
+    """
+    full, rest = divmod(frames, CHUNK_FRAMES)
+    padded = CHUNK_FRAMES if full or is_continued else rest
+    return [(CHUNK_FRAMES, CHUNK_FRAMES)] * full + ([(rest, padded)] if rest else [])
+
+
+def embed_chunks(tower: nn.Module, mel: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
+    """Convolution and position embedding of consecutive chunks of mel [128, F] → tokens [A, E].
+
+    Activations beyond the length that a chunk is padded to are zeroed after each convolution, so a chunk is the same
+    whatever stands beside it.
+    """
+    frames_C = torch.tensor([frames for frames, _ in chunks], device=mel.device)
+    padded_C = torch.tensor([padded for _, padded in chunks], device=mel.device)
+    longest = max(padded for _, padded in chunks)
+    is_ragged = min(padded for _, padded in chunks) < longest
+    pieces = nn.utils.rnn.pad_sequence(list(mel.T.split([frames for frames, _ in chunks])), batch_first=True)
+    hidden = F.pad(pieces.transpose(1, 2), (0, longest - pieces.shape[1]))[:, None].to(tower.conv2d1.weight.dtype)
+    for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
+        hidden = F.gelu(convolution(hidden))
+        padded_C = halve(padded_C)
+        if is_ragged:
+            is_inside = torch.arange(hidden.shape[-1], device=mel.device) < padded_C[:, None]
+            hidden = hidden * is_inside[:, None, None, :]
+    num_chunks, channels, bins, steps = hidden.shape
+    hidden = tower.conv_out(hidden.permute(0, 3, 1, 2).reshape(num_chunks, steps, channels * bins))
+    hidden = hidden + tower.positional_embedding.positional_embedding[:steps].to(hidden.dtype)
+    return hidden[torch.arange(steps, device=mel.device) < halve(halve(halve(frames_C)))[:, None]]
+
+
+def attend(tower: nn.Module, hidden: Tensor, windows: list[int]) -> Tensor:
+    """The encoder's layers on tokens [A, E] that attend within consecutive windows of these lengths."""
+    segments = Segments.of(windows, hidden.device)
+    boundaries = F.pad(torch.tensor(windows, device=hidden.device).cumsum(0), (1, 0)).to(torch.int32)
+    for layer in tower.layers:
+        hidden = layer(hidden, boundaries, max_seqlen=max(windows), varlen=segments)[0]
+    return tower.ln_post(hidden)
+
+
 def encode_audio(tower: nn.Module, mel: Tensor, mel_lengths: Tensor, window_sec: Tensor) -> Tensor:
     """AuT encoder output [A, E] of clips whose mel [128, F] frames are concatenated.
 
-    Each clip is cut into chunks of 100 frames. A clip of at least one chunk pads its last chunk to 100 frames as stock does; a
-    shorter one keeps its own padding (activations beyond its end are zeroed after each convolution), so it equals the clip
-    encoded alone, whatever stands beside it. Attention runs in windows of ``window_sec`` [clips] seconds.
+    A clip comes out as from the stock encoder on it alone, whatever stands beside it. Attention runs in windows of
+    ``window_sec`` [clips] whole seconds.
     """
-    chunk_frames, chunk_keep, token_counts = [], [], []
-    for frames in mel_lengths.tolist():
-        full, rest = divmod(frames, CHUNK_FRAMES)
-        chunk_frames += [CHUNK_FRAMES] * full + ([rest] if rest else [])
-        chunk_keep += [CHUNK_FRAMES if full else rest] * (full + bool(rest))
-        token_counts.append(CHUNK_TOKENS * full + (int(halve(halve(halve(torch.tensor(rest))))) if rest else 0))
-    frames_C = torch.tensor(chunk_frames, device=mel.device)
-    keep_C = torch.tensor(chunk_keep, device=mel.device)
-    longest = max(chunk_keep)
-    padded = nn.utils.rnn.pad_sequence(list(mel.T.split(chunk_frames)), batch_first=True).transpose(1, 2)
-    hidden = F.pad(padded, (0, longest - padded.shape[-1]))[:, None].to(tower.conv2d1.weight.dtype)
-    is_ragged = min(chunk_keep) < longest
-    for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
-        hidden = F.gelu(convolution(hidden))
-        keep_C = halve(keep_C)
-        if is_ragged:
-            hidden = hidden * (torch.arange(hidden.shape[-1], device=mel.device) < keep_C[:, None])[:, None, None, :]
-    chunks, channels, bins, steps = hidden.shape
-    hidden = tower.conv_out(hidden.permute(0, 3, 1, 2).reshape(chunks, steps, channels * bins))
-    hidden = hidden + tower.positional_embedding.positional_embedding[:steps].to(hidden.dtype)
-    valid = torch.arange(steps, device=mel.device) < halve(halve(halve(frames_C)))[:, None]
-    hidden = hidden[valid]
-
-    lengths = []
-    for tokens, seconds in zip(token_counts, window_sec.tolist(), strict=True):
+    clips = [chunks_of(frames) for frames in mel_lengths.tolist()]
+    windows = []
+    for clip, seconds in zip(clips, window_sec.tolist(), strict=True):
+        tokens = sum(halve(halve(halve(frames))) for frames, _ in clip)
         full, rest = divmod(tokens, CHUNK_TOKENS * seconds)
-        lengths += [CHUNK_TOKENS * seconds] * full + ([rest] if rest else [])
-    segments = Segments.of(lengths, mel.device)
-    boundaries = F.pad(torch.tensor(lengths, device=mel.device).cumsum(0), (1, 0)).to(torch.int32)
-    for layer in tower.layers:
-        hidden = layer(hidden, boundaries, max_seqlen=max(lengths), varlen=segments)[0]
-    return tower.ln_post(hidden)
+        windows += [CHUNK_TOKENS * seconds] * full + ([rest] if rest else [])
+    return attend(tower, embed_chunks(tower, mel, [chunk for clip in clips for chunk in clip]), windows)
+
+
+def stream_audio(tower: nn.Module, mel: Iterable[Tensor], window_sec: int) -> Iterator[Tensor]:
+    """The encoder output of one clip, window by window [≤ 13 · window_sec, E], as pieces [128, any] of its mel arrive.
+
+    Joined, it is ``encode_audio`` of the whole clip: a window depends on nothing after it and can be prefilled at once.
+    """
+    size, waiting, is_continued = CHUNK_FRAMES * window_sec, [], False
+
+    def encode(frames: Tensor) -> Tensor:
+        hidden = embed_chunks(tower, frames, chunks_of(frames.shape[1], is_continued))
+        return attend(tower, hidden, [len(hidden)])
+
+    for piece in mel:
+        waiting.append(piece)
+        while sum(part.shape[1] for part in waiting) >= size:
+            frames = torch.cat(waiting, dim=1)
+            yield encode(frames[:, :size])
+            waiting, is_continued = [frames[:, size:]], True
+    rest = torch.cat(waiting, dim=1) if waiting else None
+    if rest is not None and rest.shape[1]:
+        yield encode(rest)
 
 
 def adapt_audio(tower: nn.Module, hidden: Tensor) -> Tensor:
@@ -87,8 +127,10 @@ def adapt_audio(tower: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def encode_vision(visual: nn.Module, pixel_values: Tensor, grid_thw: Tensor):
-    """Vision encoder on patches [P, 3·t·p·p] of pictures [n, 3] → its output with last_hidden_state [P, E], pooler_output
-    [V, H] and deepstack_features, [V, H] a level. Each frame attends within itself."""
+    """Vision encoder on patches [P, 3·t·p·p] of pictures [n, 3]: each frame attends within itself.
+
+    Returns its output: last_hidden_state [P, E], pooler_output [V, H] and deepstack_features, [V, H] a level.
+    """
     frames = grid_thw[:, 0].tolist()
     sizes = (grid_thw[:, 1] * grid_thw[:, 2]).tolist()
     lengths = [size for size, count in zip(sizes, frames, strict=True) for _ in range(count)]
