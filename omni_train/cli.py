@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that a wrong argument is answered i
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -64,6 +65,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("stage", help=f"one of: {', '.join(configuration.available())}")
     train.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=tiny engine=cpu2 stage.context=512")
 
+    plan = commands.add_parser("plan", help="what a stage amounts to: parameters, steps, tokens; needs no data")
+    plan.add_argument("stage", help=f"one of: {', '.join(configuration.available())}")
+    plan.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=qwen3_omni_30b_a3b")
+
     evaluate = commands.add_parser(
         "eval", help="held-out capabilities of an export, beside controls with swapped media"
     )
@@ -73,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--yarn", choices=["on", "off"], default="on", help="off: drop the folder's YaRN")
     evaluate.add_argument("--prefix", default="", help="prefix of the result names")
     evaluate.add_argument("--tasks", nargs="*", help="only these tasks")
+    evaluate.add_argument("--window-sec", type=int, nargs="+", help="windows of an AuT export (1 8)")
     evaluate.add_argument("--results", help="run folder whose results.json takes the figures")
     evaluate.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. engine=cpu1")
 
@@ -155,6 +161,13 @@ def command_run(options: argparse.Namespace, arguments: list[str]) -> int:
     return run(Path(options.recipe), options.overrides)
 
 
+def command_plan(options: argparse.Namespace, arguments: list[str]) -> int:
+    from omni_train.planning.counts import render_plan
+
+    print(render_plan(configuration.load(options.stage, options.overrides)))
+    return 0
+
+
 def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
     from omni_train.launching.local import is_launched, run_ranks
     from omni_train.run import load_recipe
@@ -162,25 +175,43 @@ def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
     recipe = load_recipe(Path(options.recipe))
     if recipe.evaluation is None:
         raise ConfigError(f"recipe '{options.recipe}' has no section 'evaluation'; name one that has, with --recipe")
-    stage = recipe.evaluation.stage
+    is_aut = model_type(Path(options.folder)) == "omni_train_transcription"
+    stage = "aut_pretrain" if is_aut else recipe.evaluation.stage
     config = configuration.load(stage, [*recipe.overrides, *recipe.stage(stage).overrides, *options.overrides])
     if not Path(options.folder).is_dir():
         raise ConfigError(f"no export folder '{options.folder}'; give a stage's export/ folder")
+    if options.window_sec and not is_aut:
+        raise ConfigError(f"--window-sec has no effect on '{options.folder}': it is no AuT export; leave it out")
     if not is_launched():
         return run_ranks(arguments, config.engine.num_processes, config.engine.threads)
     from omni_train.evaluation.capabilities import evaluate_export
+    from omni_train.evaluation.transcription import evaluate_transcriber
 
-    tasks = options.tasks or recipe.evaluation.tasks
-    evaluate_export(
-        config,
-        Path(options.folder),
-        tasks={task: recipe.evaluation.source_of(task) for task in tasks},
-        split=options.split,
-        use_yarn=options.yarn == "on",
-        prefix=options.prefix,
-        results=Path(options.results) if options.results else None,
-    )
+    wanted = options.tasks or [t for t in recipe.evaluation.tasks if not is_aut or t.startswith("spoken")]
+    tasks = {task: recipe.evaluation.source_of(task) for task in wanted}
+    where = {"tasks": tasks, "split": options.split, "prefix": options.prefix}
+    if is_aut:
+        figures = evaluate_transcriber(config, Path(options.folder), window_sec=options.window_sec or [1, 8], **where)
+    else:
+        figures = evaluate_export(config, Path(options.folder), use_yarn=options.yarn == "on", **where)
+    report_capabilities(*figures, Path(options.results) if options.results else None)
     return 0
+
+
+def model_type(folder: Path) -> str | None:
+    """What a folder's config.json says it holds."""
+    description = folder / "config.json"
+    return json.loads(description.read_text()).get("model_type") if description.is_file() else None
+
+
+def report_capabilities(capabilities: dict[str, float], controls: dict[str, float], run_dir: Path | None) -> None:
+    """Print measured figures once, and add them to a run folder's results.json."""
+    from omni_train.reporting.results import add_capabilities
+
+    if os.environ["RANK"] == "0":
+        print(json.dumps({"capabilities": capabilities, "controls": controls}, indent=1))
+        if run_dir is not None:
+            add_capabilities(run_dir, capabilities, controls)
 
 
 def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -228,6 +259,7 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
 COMMANDS = {
     "train": command_train,
     "run": command_run,
+    "plan": command_plan,
     "eval": command_eval,
     "export": command_export,
     "report": command_report,

@@ -6,7 +6,6 @@ Every rank takes its share of the items; with expert parallelism they answer in 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from omni_train.config import RunConfig
+from omni_train.config import ConfigError, RunConfig
 from omni_train.data.contracts import DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
 from omni_train.data.loader import PackReader
@@ -26,7 +25,6 @@ from omni_train.engine.parallel import Ranks
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.thinker import Thinker, compose
 from omni_train.models.weights import load_components
-from omni_train.reporting.results import add_capabilities
 from omni_train.rollout.generate import greedy
 
 BATCH_TOKENS = 4096
@@ -74,20 +72,25 @@ def swap_media(samples: list[Sample], seed: int = 0) -> list[Sample]:
 
 def answer_all(thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks: Ranks) -> list[tuple[str, str]]:
     """(answer, reference) of this rank's share of the samples. Collective: ranks run equally many batches."""
-    mine = samples[ranks.rank :: ranks.world]
-    prompts = [encoder.prompt_and_answer(sample) for sample in mine]
+    prompts = [encoder.prompt_and_answer(sample) for sample in samples[ranks.rank :: ranks.world]]
+    filler = encoder.prompt_and_answer(samples[0])[0]  # for a rank that has run out of samples
     order = sorted(range(len(prompts)), key=lambda n: prompts[n][0].num_tokens)
-    longest = max(p.num_tokens for p, _ in prompts)
+    longest = max([filler.num_tokens, *(prompt.num_tokens for prompt, _ in prompts)])
     size = max(1, BATCH_TOKENS // longest)
     counts = torch.tensor([math.ceil(len(order) / size), size], device=ranks.device)
     dist.all_reduce(counts, op=dist.ReduceOp.MAX)
     pairs = []
     for batch in range(int(counts[0])):
         chosen = order[batch * size : (batch + 1) * size]
-        documents = [prompts[n][0] for n in chosen] or [prompts[order[0]][0]]
+        documents = [prompts[n][0] for n in chosen] or [filler]
         pack: Pack = collate(documents, patch_dim=encoder.geometry.patch_dim).to(ranks.device)
         answers = greedy(
-            thinker.llm, pack, thinker.towers(pack), stop_id=encoder.ids.im_end, max_new_tokens=MAX_NEW_TOKENS
+            thinker.llm,
+            pack,
+            thinker.towers(pack),
+            stop_id=encoder.ids.im_end,
+            max_new_tokens=MAX_NEW_TOKENS,
+            is_open_anywhere=lambda is_open: parallel.any_rank(is_open, ranks.device),
         )
         texts = [encoder.tokenizer.decode(answer).strip() for answer in answers]
         pairs += [(text, prompts[n][1].strip()) for n, text in zip(chosen, texts, strict=False)]
@@ -117,9 +120,8 @@ def evaluate_export(
     split: str,
     use_yarn: bool,
     prefix: str,
-    results: Path | None,
-) -> dict[str, float]:
-    """Measure ``tasks`` ({task: source}) of a split on an export; print, and add to ``results``/results.json."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(capabilities, controls) by name of ``tasks`` ({task: source}) of a split, measured on an export. Collective."""
     ranks = parallel.start(config.engine)
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
     by_task = read_tasks(data, {source: f"{split}/{source}/*.tar" for source in tasks.values()}, tasks)
@@ -127,18 +129,15 @@ def evaluate_export(
     controls: dict[str, float] = {}
     for task, samples in by_task.items():
         if not samples:
-            raise ValueError(f"no sample of task '{task}' in {split}/{tasks[task]}; see the corpus's card.yaml")
+            raise ConfigError(f"no sample of task '{task}' in {split}/{tasks[task]}; see the corpus's card.yaml")
         with_cer = task.startswith("spoken") and not task.endswith("digit")
         for target, items in ((capabilities, samples), (controls, swap_media(samples))):
             pairs = gather(answer_all(thinker, data.encoder, items, ranks), ranks)
             target |= {f"{prefix}{task}_{name}": value for name, value in score(pairs, with_cer).items()}
             if target is capabilities and ranks.is_main:
                 wrong = [pair for pair in pairs if pair[0] != pair[1]][:4]
-                print(f"{prefix}{task}: {len(pairs)} items, exact {score(pairs, False)['exact']:.3f}; e.g. {wrong}", flush=True)
-    if ranks.is_main:
-        print(json.dumps({"capabilities": capabilities, "controls": controls}, indent=1))
-        if results is not None:
-            add_capabilities(results, capabilities, controls)
+                exact = capabilities[f"{prefix}{task}_exact"]
+                print(f"{prefix}{task}: {len(pairs)} items, exact {exact:.3f}; e.g. {wrong}", flush=True)
     dist.barrier()
     parallel.stop()
-    return capabilities
+    return capabilities, controls

@@ -1,6 +1,7 @@
 """Held-out loss and exact match by modality, teacher-forced.
 
-A greedy answer equals its reference exactly if and only if every labelled position's argmax is its label, so exact match needs no generation.
+A greedy answer equals its reference exactly if and only if every labelled position's argmax is its label, so exact
+match needs no generation.
 """
 
 from __future__ import annotations

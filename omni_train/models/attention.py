@@ -1,7 +1,7 @@
 """Variable-length attention: documents of a pack, clips and pictures attend within themselves only.
 
-Registered with transformers under ``VARLEN``. The towers and the language model call it with ``varlen=Segments`` for packed
-sequences; with a dense ``attention_mask`` (generation) it is plain SDPA. A dense T × T mask is never built for a pack.
+Registered with transformers under ``VARLEN``. The towers and the language model call it with ``varlen=Segments`` for
+packed sequences; with a dense ``attention_mask`` (generation) it is plain SDPA. No T × T mask is built for a pack.
 
 Shapes: T tokens of the pack, S segments, H heads, D head width.
 """
@@ -21,7 +21,7 @@ VARLEN = "omni_flash_varlen"
 
 @dataclass(slots=True)
 class Bucket:
-    """Segments of similar length as a padded block: ``index`` [n, m] token numbers, ``valid`` [n, m], None when all are."""
+    """Segments of similar length as a padded block: ``index`` [n, m] token numbers; ``valid`` [n, m], None: all."""
 
     index: Tensor
     valid: Tensor | None

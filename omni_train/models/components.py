@@ -1,4 +1,4 @@
-"""Named groups of parameters: each parameter belongs to exactly one; a stage trains the groups it lists, and nothing else."""
+"""Named groups of parameters: each parameter belongs to exactly one; a stage trains the groups it lists, no other."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def freeze_all_but(modules: Iterable[nn.Module], components: dict[str, Component
             counts[component] = counts.get(component, 0) + parameter.numel()
     for name in components:
         if name not in counts:
-            raise ConfigError(f"stage.components.{name} matches no parameter of this stage's model; {nearest(name, counts)}")
+            hint = nearest(name, counts)
+            raise ConfigError(f"stage.components.{name} matches no parameter of this stage's model; {hint}")
     return [
         Inventory(name, count, name in components, components[name].lr if name in components else 0.0)
         for name, count in sorted(counts.items())

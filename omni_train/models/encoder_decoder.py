@@ -3,8 +3,8 @@
     media ─ encoder ─▶ memory [D, S, E] ─┐
     prompt and answer tokens [D, L] ─────┴─ decoder with cross-attention ─▶ logits where a label is
 
-The decoder reads the conversation without its media placeholders, so the question is the task and language prefix. Each document of a pack
-is one row: nothing is shared between documents.
+The decoder reads the conversation without its media placeholders, so the question is the task and language prefix. Each
+document of a pack is one row: nothing is shared between documents.
 
 Shapes: D documents, L tokens of the longest row, S media tokens of the longest clip, E width, K labelled positions.
 """
@@ -56,16 +56,21 @@ class EncoderDecoder(nn.Module):
         return self.audio_decoder if self.kind == "audio" else self.vision_decoder
 
     def encode(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Encoder output by document: (memory [D, S, E], mask [D, S]). A document without media gets one zero vector."""
-        counts = [int(n) for n in self._per_document(pack, (pack.input_ids == self.media_token_id).long())]
+        """Encoder output by document: (memory [D, S, E], mask [D, S]). A document without media has an empty row."""
+        counts = self._per_document(pack, (pack.input_ids == self.media_token_id).long())
         if self.kind == "audio":
             hidden = encode_audio(self.audio_tower, pack.mel, pack.mel_lengths, pack.audio_window_sec)
         else:
             hidden = encode_vision(self.visual, pack.pixel_values, pack.image_grid_thw).last_hidden_state
             counts = [n * self.visual.spatial_merge_unit for n in counts]
         if sum(counts) != len(hidden):
-            raise ValueError(f"a pack of a {self.kind} stage has {sum(counts)} media tokens for {len(hidden)} encoder outputs")
+            raise ValueError(f"a {self.kind} pack has {sum(counts)} media tokens for {len(hidden)} encoder outputs")
         return pad_rows(hidden, counts)
+
+    def text_tokens(self, pack: Pack) -> tuple[Tensor, list[int]]:
+        """(token ids of all documents without media placeholders [N], how many each document has)."""
+        is_text = pack.input_ids != self.media_token_id
+        return pack.input_ids[is_text], self._per_document(pack, is_text.long())
 
     @staticmethod
     def _per_document(pack: Pack, values: Tensor) -> list[int]:
@@ -85,10 +90,9 @@ class EncoderDecoder(nn.Module):
         if not pack.sample_ids:
             pack = self._dummy(pack)
         memory, memory_mask = self.encode(pack)
-        is_text = pack.input_ids != self.media_token_id
-        lengths = self._per_document(pack, is_text.long())
-        ids, _ = pad_rows(pack.input_ids[is_text], lengths)
-        labels, is_token = pad_rows(pack.shift_labels[is_text], lengths)
+        text, lengths = self.text_tokens(pack)
+        ids, _ = pad_rows(text, lengths)
+        labels, is_token = pad_rows(pack.shift_labels[pack.input_ids != self.media_token_id], lengths)
         has_label = (labels != IGNORE_INDEX) & is_token
         hidden = self.decode(ids, memory, memory_mask)
         head = self.text_decoder.head
@@ -107,7 +111,6 @@ class EncoderDecoder(nn.Module):
     def _dummy(self, pack: Pack) -> Pack:
         """A pack of one document with minimal media and no label, so that every rank's graph holds every parameter."""
         device = pack.input_ids.device
-        count = 1
         values = {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
         if self.kind == "audio":
             values["mel"] = torch.zeros(self.audio_tower.num_mel_bins, 8, device=device)
@@ -116,33 +119,11 @@ class EncoderDecoder(nn.Module):
         else:
             merge = self.visual.spatial_merge_size
             values["image_grid_thw"] = torch.tensor([[1, merge, merge]], device=device)
-            values["pixel_values"] = torch.zeros(merge * merge, self.visual.patch_embed.proj.weight[0].numel(), device=device)
-        ids = torch.full((count + 2,), self.media_token_id, device=device)
-        ids[count:] = 0
+            patch_dim = self.visual.patch_embed.proj.weight[0].numel()
+            values["pixel_values"] = torch.zeros(merge * merge, patch_dim, device=device)
+        ids = torch.tensor([self.media_token_id, 0, 0], device=device)
         values["input_ids"] = ids
         values["shift_labels"] = torch.full_like(ids, IGNORE_INDEX)
         values["cu_seqlens"] = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
         values["doc_modality"] = torch.zeros(1, dtype=torch.long, device=device)
         return Pack(**values)
-
-    @torch.no_grad()
-    def transcribe(self, pack: Pack, prompts: list[Tensor], stop_id: int, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, one a document: token ids without the stop token. ``prompts`` are each document's text tokens [n]."""
-        memory, memory_mask = self.encode(pack)
-        rows = [prompt.tolist() for prompt in prompts]
-        answers: list[list[int]] = [[] for _ in rows]
-        is_open = [True] * len(rows)
-        for _ in range(max_new_tokens):
-            lengths = [len(row) for row in rows]
-            ids, _ = pad_rows(torch.tensor(sum(rows, []), device=memory.device), lengths)
-            hidden = self.decode(ids, memory, memory_mask)
-            last = hidden[torch.arange(len(rows)), torch.tensor(lengths) - 1]
-            for n, token in enumerate(self.text_decoder.head(last).argmax(-1).tolist()):
-                if is_open[n] and token == stop_id:
-                    is_open[n] = False
-                if is_open[n]:
-                    answers[n].append(token)
-                    rows[n].append(token)
-            if not any(is_open):
-                break
-        return answers

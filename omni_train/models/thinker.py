@@ -58,8 +58,8 @@ class LanguageModel(nn.Module):
     def forward(self, pack: Pack, media: MediaEmbeds | None = None) -> dict[str, Tensor]:
         """Logits at the labelled positions and the router's sums.
 
-        Returns ``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position, ``router_probabilities``
-        [L, E] (with gradient) and ``router_counts`` [L, E]; both zero for a pack without samples.
+        Returns ``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position,
+        ``router_probabilities`` [L, E] (with gradient) and ``router_counts`` [L, E], zero for a pack without samples.
         """
         embeds, is_visual, deepstack = self.merge(pack.input_ids, media)
         lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).tolist()
@@ -98,7 +98,10 @@ class LanguageModel(nn.Module):
         is_visual: Tensor | None = None,
         deepstack: list[Tensor] | None = None,
     ) -> Tensor:
-        """Next-token logits [B, V] of a padded batch: embeds [B, n, H], position_ids [4, B, n], mask bool [B, 1, n, past + n]."""
+        """Next-token logits [B, V] of a padded batch.
+
+        embeds [B, n, H], position_ids [4, B, n], mask bool [B, 1, n, past + n].
+        """
         hidden = self.model(
             inputs_embeds=embeds,
             position_ids=position_ids,

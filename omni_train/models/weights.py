@@ -20,7 +20,7 @@ EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
 def canonical(name: str) -> str:
-    """One spelling for a parameter in our modules, in memory in transformers, and in the folders of the Qwen3 family."""
+    """One spelling for a parameter in our modules, in transformers in memory, and in folders of the Qwen3 family."""
     for prefix in ("thinker.", "towers.", "llm."):
         name = name.removeprefix(prefix)
     for part in ("visual.", "audio_tower."):

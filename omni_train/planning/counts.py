@@ -1,4 +1,4 @@
-"""Parameters of a preset by component, counted on the meta device: what each includes, and how many are active a token."""
+"""Parameters of a preset by component, counted on the meta device: what each includes, how many are active a token."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Parameters of one component. ``num_active``: those that one token of its own passes through (of routed experts the
-    chosen ones; embeddings and heads count whole). ``parts``: the same parameters by what they are."""
+    """Parameters of one component. ``num_active``: those that one token of its own passes through (of routed experts
+    the chosen ones; embeddings and heads count whole). ``parts``: the same parameters by what they are."""
 
     component: str
     num_parameters: int

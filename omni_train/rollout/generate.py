@@ -1,61 +1,138 @@
-"""Greedy generation with the training modules, in lockstep over ranks: all of them run equally many decoder steps, so expert
-parallelism never waits for a rank that has finished.
+"""Greedy generation with the training modules: continuations of the Thinker, transcripts of AuT.
 
-Shapes: B documents, L tokens of the longest prompt, H hidden.
+Both run in lockstep over ranks when asked to (``is_open_anywhere``): all ranks then take equally many decoder steps, so
+expert parallelism never waits for a rank that has finished.
+
+Shapes: B documents, L tokens of the longest prompt, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from omni_train.data.contracts import Pack
-from omni_train.engine.parallel import any_rank
+from omni_train.models.encoder_decoder import EncoderDecoder
 from omni_train.models.thinker import LanguageModel
 from omni_train.models.towers import MediaEmbeds
 
+IsOpen = Callable[[bool], bool]
+"""Whether any rank still has an unfinished answer, given whether this one has; ``bool`` for a rank on its own."""
+
 
 def left_pad(values: Tensor, starts: list[int], width: int) -> Tensor:
-    """Rows cut from values [T, ...] at ``starts`` (one more than rows), right-aligned in [B, width, ...], zeros before."""
+    """Rows cut from values [T, ...] at ``starts`` (one more than rows), right-aligned in [B, width, ...]."""
     out = values.new_zeros(len(starts) - 1, width, *values.shape[1:])
     for row, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         out[row, width - (b - a) :] = values[a:b]
     return out
 
 
+def prompt_masks(lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(is_real [B, L], mask [B, 1, L, L]) of left-padded prompts: causal, without looking at padding.
+
+    A padding slot sees itself: a row without any key would be NaN and spread through the experts.
+    """
+    width = int(lengths_B.max())
+    slots = torch.arange(width, device=lengths_B.device)
+    is_real = slots >= (width - lengths_B)[:, None]
+    itself = torch.eye(width, dtype=torch.bool, device=lengths_B.device)
+    return is_real, ((slots[None, :] <= slots[:, None]) & is_real[:, None, :] | itself)[:, None]
+
+
+def extend(
+    logits_BV: Tensor,
+    is_real_BL: Tensor,
+    step: Callable[[Tensor, int, Tensor], Tensor],
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    is_open_anywhere: IsOpen,
+) -> list[list[int]]:
+    """Greedy answers without the stop token, from the logits after the prompts.
+
+    ``step(tokens [B], number, mask [B, 1, 1, past + 1])``: the logits after token ``number`` (from 1) of each answer.
+    """
+    answers: list[list[int]] = [[] for _ in logits_BV]
+    is_open = torch.ones(len(answers), dtype=torch.bool, device=logits_BV.device)
+    for number in range(1, max_new_tokens + 1):
+        token = logits_BV.argmax(-1)
+        is_open &= token != stop_id
+        for answer, value, still in zip(answers, token.tolist(), is_open.tolist(), strict=True):
+            if still:
+                answer.append(value)
+        if number == max_new_tokens or not is_open_anywhere(bool(is_open.any())):
+            break
+        is_real_BL = torch.cat([is_real_BL, torch.ones_like(is_real_BL[:, :1])], dim=1)
+        logits_BV = step(token, number, is_real_BL[:, None, None, :])
+    return answers
+
+
 @torch.no_grad()
 def greedy(
-    llm: LanguageModel, pack: Pack, media: MediaEmbeds | None, *, stop_id: int, max_new_tokens: int
+    llm: LanguageModel,
+    pack: Pack,
+    media: MediaEmbeds | None,
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    is_open_anywhere: IsOpen = bool,
 ) -> list[list[int]]:
-    """Most likely continuation of each document of ``pack``: token ids, without the stop token. Collective."""
-    device = pack.input_ids.device
+    """Most likely continuation of each document of ``pack``: token ids, without the stop token."""
     starts = pack.cu_seqlens.tolist()
-    lengths = torch.tensor([b - a for a, b in zip(starts[:-1], starts[1:], strict=True)], device=device)
+    lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).long()
     width = int(lengths.max())
     embeds, is_visual, deepstack = llm.merge(pack.input_ids, media)
-    embeds = left_pad(embeds, starts, width)
     positions = left_pad(pack.position_ids.T, starts, width).permute(2, 0, 1)  # [4, B, L]
-    is_visual = None if is_visual is None else left_pad(is_visual, starts, width)
-    slots = torch.arange(width, device=device)
-    is_real = slots >= (width - lengths)[:, None]  # [B, L]
-    # A padding slot sees itself: a row without any key would be NaN and spread through the experts.
-    mask = (slots[None, :] <= slots[:, None]) & (is_real[:, None, :] | torch.eye(width, dtype=torch.bool, device=device))
+    is_real, mask = prompt_masks(lengths)
     cache = DynamicCache(config=llm.config)
-    logits = llm.step(embeds, positions, mask[:, None], cache, is_visual, deepstack)
+    is_visual = None if is_visual is None else left_pad(is_visual, starts, width)
+    logits = llm.step(left_pad(embeds, starts, width), positions, mask, cache, is_visual, deepstack)
+    last = torch.stack([lengths - 1, *[positions[1:].amax(dim=(0, 2))] * 3])  # [4, B], the last position used
 
-    position = torch.stack([lengths - 1, *[positions[1:].amax(dim=(0, 2))] * 3])  # [4, B], the last one used
-    answers: list[list[int]] = [[] for _ in lengths]
-    is_open = torch.ones(len(lengths), dtype=torch.bool, device=device)
-    for number in range(max_new_tokens):
-        token = logits.argmax(-1)
-        is_open &= token != stop_id
-        for row in is_open.nonzero().flatten().tolist():
-            answers[row].append(int(token[row]))
-        if number + 1 == max_new_tokens or not any_rank(bool(is_open.any()), device):
-            break
-        position = position + 1
-        is_real = torch.cat([is_real, torch.ones_like(is_real[:, :1])], dim=1)
-        embeds = llm.model.embed_tokens(token)[:, None]
-        logits = llm.step(embeds, position[:, :, None], is_real[:, None, None, :], cache)
-    return answers
+    def step(token: Tensor, number: int, mask: Tensor) -> Tensor:
+        return llm.step(llm.model.embed_tokens(token)[:, None], (last + number)[:, :, None], mask, cache)
+
+    return extend(
+        logits, is_real, step, stop_id=stop_id, max_new_tokens=max_new_tokens, is_open_anywhere=is_open_anywhere
+    )
+
+
+@torch.no_grad()
+def transcribe(
+    model: EncoderDecoder, pack: Pack, *, stop_id: int, max_new_tokens: int, is_open_anywhere: IsOpen = bool
+) -> list[list[int]]:
+    """Greedy answer to each document of ``pack`` (a prompt with its medium): token ids, without the stop token."""
+    memory, memory_mask = model.encode(pack)
+    prompts, lengths_list = model.text_tokens(pack)
+    lengths = torch.tensor(lengths_list, device=memory.device)
+    width = int(lengths.max())
+    starts = [0, *lengths.cumsum(0).tolist()]
+    is_real, mask = prompt_masks(lengths)
+    decoder = model.text_decoder
+    config = decoder.decoder.config
+    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+
+    def logits_after(ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        hidden = decoder.decoder(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            encoder_hidden_states=memory,
+            encoder_attention_mask=memory_mask,
+        ).last_hidden_state
+        return decoder.head(hidden[:, -1])
+
+    def step(token: Tensor, number: int, mask: Tensor) -> Tensor:
+        return logits_after(token[:, None], (lengths - 1 + number)[:, None], mask)
+
+    positions = (is_real.cumsum(1) - 1).clamp(min=0)
+    logits = logits_after(left_pad(prompts, starts, width), positions, mask)
+    return extend(
+        logits, is_real, step, stop_id=stop_id, max_new_tokens=max_new_tokens, is_open_anywhere=is_open_anywhere
+    )

@@ -13,7 +13,7 @@ def preset(name: str) -> ModelConfig:
     return load("s2_general", [f"model={name}"]).model
 
 
-# Values that the published descriptions of Qwen3-Omni-30B-A3B give (technical report arXiv 2509.17765 and its config.json).
+# Values that the published descriptions of Qwen3-Omni-30B-A3B give (arXiv 2509.17765 and its config.json).
 PUBLISHED = {
     "thinker_config.text_config": {
         "num_hidden_layers": 48,
