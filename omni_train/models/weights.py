@@ -17,6 +17,7 @@ from omni_train.config import ConfigError
 from omni_train.models.components import component_of
 
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+VOCABULARY = re.compile(r"model\.(language_model\.)?embed_tokens\.weight$|lm_head\.weight$")
 
 
 def canonical(name: str) -> str:
@@ -61,7 +62,8 @@ class WeightFolder:
 def load_components(module: nn.Module, folder: Path, components: set[str]) -> set[str]:
     """Copy these components' weights from ``folder`` into ``module`` and return which of them the module has.
 
-    Raises ConfigError naming a tensor that is missing or has another shape.
+    A folder with a smaller vocabulary (Qwen3's 151,936 of Qwen3-Omni's 152,064) fills the first rows of embedding and
+    head; the others stay as initialised. Raises ConfigError naming a tensor that is missing or has another shape.
     """
     weights, found = WeightFolder(folder), set()
     for name, parameter in module.named_parameters():
@@ -74,6 +76,9 @@ def load_components(module: nn.Module, folder: Path, components: set[str]) -> se
             tensor = weights.read("model.embed_tokens.weight")  # tied in that folder
         if tensor is None:
             raise ConfigError(f"'{folder}' has no tensor '{canonical(name)}' of component {component}; {_hint(folder)}")
+        if VOCABULARY.search(name) and tensor.shape[1:] == parameter.shape[1:] and len(tensor) < len(parameter):
+            parameter[: len(tensor)].copy_(tensor)
+            continue
         if tensor.shape != parameter.shape:
             raise ConfigError(
                 f"'{canonical(name)}' is {list(tensor.shape)} in '{folder}', the model needs {list(parameter.shape)}; "

@@ -1,0 +1,67 @@
+"""Capabilities of an export: scores and controls by hand, ranks of which one has nothing to answer."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from support import Case, Ranks, run_config_in, run_ranks, tokenizer_folder
+
+from omni_train.data.contracts import Sample
+from omni_train.data.encode import Encoder
+from omni_train.data.pipeline import media_geometry
+from omni_train.data.tokenizer import load_tokenizer
+from omni_train.engine.deepspeed import build_engine
+from omni_train.evaluation import capabilities
+from omni_train.evaluation.capabilities import answer_all, gather, score, swap_media
+from omni_train.stage import build_modules
+
+
+def spoken(number: int, answer: str) -> Sample:
+    rng = np.random.default_rng(number)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, 0.3 * rng.standard_normal(6_000 + 900 * number).astype(np.float32), 16_000, format="flac")
+    parts = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": "what is said?"}]
+    content = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
+    return Sample("speech", "shard", str(number), content, {"a.flac": buffer.getvalue(), "json": b"%d" % number})
+
+
+def test_score_by_hand():
+    """Two of four are exact; a substitution (car for cat) and a deletion (dg for dog) over 3 + 3 + 4 + 4 letters."""
+    pairs = [("car", "cat"), ("dg", "dog"), ("bird", "bird"), ("fish", "fish")]
+    assert score(pairs, with_cer=False) == {"exact": 0.5}
+    assert score(pairs, with_cer=True) == {"exact": 0.5, "cer": pytest.approx(2 / 14)}
+    assert score([("", "cat")], with_cer=True) == {"exact": 0.0, "cer": pytest.approx(1.0)}
+
+
+def test_a_control_keeps_question_and_reference_and_takes_the_media_of_another():
+    samples = [spoken(n, f"word {n}") for n in range(7)]
+    swapped = swap_media(samples)
+    for before, after in zip(samples, swapped, strict=True):
+        assert after.content is before.content and after.members["json"] == before.members["json"]
+        assert after.members["a.flac"] != before.members["a.flac"]
+    assert {s.members["a.flac"] for s in swapped} == {s.members["a.flac"] for s in samples}
+    assert [s.members for s in swap_media(samples)] == [s.members for s in swapped]
+
+
+def answers(ranks: Ranks, folder: str, num_samples: int, world: int) -> list[tuple[str, str]]:
+    """All ranks' (answer, reference), the experts shared."""
+    config = run_config_in(Case(world=world, expert_parallel=world), folder)
+    tokenizer = load_tokenizer(folder)
+    thinker = build_engine(
+        build_modules(config, tokenizer)["thinker"], config.engine, config.stage, None, micro_batches=1
+    ).eval()
+    encoder = Encoder(tokenizer, media_geometry(config.model.vision))
+    capabilities.BATCH_TOKENS = 60  # two prompts a batch
+    return gather(answer_all(thinker, encoder, [spoken(n, f"word {n}") for n in range(num_samples)], ranks), ranks)
+
+
+@pytest.mark.parametrize("num_samples", [5, 1])
+def test_ranks_share_the_samples_also_when_one_has_none(num_samples):
+    (alone,) = run_ranks(1, answers, tokenizer_folder(), num_samples, 1)
+    both = run_ranks(2, answers, tokenizer_folder(), num_samples, 2)
+    assert both[0] == both[1]
+    assert sorted(both[0]) == sorted(alone)
+    assert sorted(reference for _, reference in alone) == [f"word {n}" for n in range(num_samples)]
