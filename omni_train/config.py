@@ -180,8 +180,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         levels, layers = len(self.vision.deepstack_visual_indexes), self.text.num_hidden_layers
-        if levels > layers:
-            raise ConfigError(f"model.vision.deepstack_visual_indexes has {levels} levels, more than the LLM's {layers} layers")
+        if levels >= layers:  # what is added after the last layer never reaches a text position
+            raise ConfigError(
+                f"model.vision.deepstack_visual_indexes has {levels} levels; fewer than the LLM's {layers} layers must be used"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

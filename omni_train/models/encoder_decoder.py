@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_train.data.contracts import IGNORE_INDEX, Pack
-from omni_train.models.towers import encode_audio, encode_vision
+from omni_train.models.towers import encode_audio, encode_vision, patch_width
 
 
 def pad_rows(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -96,10 +96,10 @@ class EncoderDecoder(nn.Module):
         has_label = (labels != IGNORE_INDEX) & is_token
         hidden = self.decode(ids, memory, memory_mask)
         head = self.text_decoder.head
-        logits = head(hidden[has_label])
+        logits = head(hidden[has_label] if has_label.any() else hidden[:1, 0])  # once on every rank, for ZeRO-3
         rows = torch.arange(len(lengths), device=ids.device)[:, None].expand_as(labels)
         output = {
-            "logits": logits if len(logits) else logits + 0.0 * head(hidden[:1, 0]).sum(),
+            "logits": logits if has_label.any() else logits[:0] + 0.0 * logits.sum(),
             "labels": labels[has_label],
             "document": rows[has_label],
             "modality": pack.doc_modality[rows[has_label]],
@@ -119,7 +119,7 @@ class EncoderDecoder(nn.Module):
         else:
             merge = self.visual.spatial_merge_size
             values["image_grid_thw"] = torch.tensor([[1, merge, merge]], device=device)
-            patch_dim = self.visual.patch_embed.proj.weight[0].numel()
+            patch_dim = patch_width(self.visual)
             values["pixel_values"] = torch.zeros(merge * merge, patch_dim, device=device)
         ids = torch.tensor([self.media_token_id, 0, 0], device=device)
         values["input_ids"] = ids

@@ -76,12 +76,12 @@ class LanguageModel(nn.Module):
         probabilities, counts = router_sums(tap.logits, self.config.num_experts_per_tok)
         is_real = float(len(pack.sample_ids) > 0)
         has_label = pack.shift_labels != IGNORE_INDEX
-        logits = self.lm_head(hidden[has_label])
+        logits = self.lm_head(hidden[has_label] if has_label.any() else hidden[:1])  # once on every rank, for ZeRO-3
         document = torch.repeat_interleave(
             torch.arange(len(lengths), device=embeds.device), torch.tensor(lengths, device=embeds.device)
         )
         return {
-            "logits": logits if len(logits) else logits + 0.0 * self.lm_head(hidden[:1]).sum(),
+            "logits": logits if has_label.any() else logits[:0] + 0.0 * logits.sum(),
             "labels": pack.shift_labels[has_label],
             "document": document[has_label],
             "modality": pack.doc_modality[document[has_label]],

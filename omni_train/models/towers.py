@@ -137,6 +137,12 @@ def encode_vision(visual: nn.Module, pixel_values: Tensor, grid_thw: Tensor):
     return visual(pixel_values, grid_thw=grid_thw, varlen=Segments.of(lengths, pixel_values.device))
 
 
+def patch_width(visual: nn.Module) -> int:
+    """Numbers in one patch. NOTE: not from the weight: touching a ZeRO-3 parameter gathers it, on this rank alone."""
+    patches = visual.patch_embed
+    return patches.in_channels * patches.temporal_patch_size * patches.patch_size**2
+
+
 class MediaTowers(nn.Module):
     """Audio tower and vision encoder with their adapters. Both run in every forward, on a minimal dummy if need be."""
 
@@ -159,7 +165,7 @@ class MediaTowers(nn.Module):
             pixels = torch.cat([pack.pixel_values, pack.pixel_values_videos])
         else:
             merge = self.visual.spatial_merge_size
-            width = self.visual.patch_embed.proj.weight[0].numel()
+            width = patch_width(self.visual)
             grids = torch.tensor([[1, merge, merge]], device=device)
             pixels = torch.zeros(merge * merge, width, device=device)
         vision = encode_vision(self.visual, pixels, grids)
