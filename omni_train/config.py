@@ -127,7 +127,9 @@ class AudioModelConfig:
                 f"({self.encoder_attention_heads})"
             )
         if self.n_window_infer % 100:
-            raise ConfigError(f"model.audio.n_window_infer ({self.n_window_infer} mel frames) must be a multiple of 100 (1 s)")
+            raise ConfigError(
+                f"model.audio.n_window_infer ({self.n_window_infer} mel frames) must be a multiple of 100 (1 s)"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,9 +155,13 @@ class VisionModelConfig:
             )
         outside = [index for index in self.deepstack_visual_indexes if not 0 <= index < self.depth]
         if outside:
-            raise ConfigError(f"model.vision.deepstack_visual_indexes {outside} are not layers of a depth of {self.depth}")
+            raise ConfigError(
+                f"model.vision.deepstack_visual_indexes {outside} are not layers of a depth of {self.depth}"
+            )
         if round(self.num_position_embeddings**0.5) ** 2 != self.num_position_embeddings:
-            raise ConfigError(f"model.vision.num_position_embeddings ({self.num_position_embeddings}) must be a square number")
+            raise ConfigError(
+                f"model.vision.num_position_embeddings ({self.num_position_embeddings}) must be a square number"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -230,11 +236,17 @@ class StageConfig:
                     f"{self.objective.name}; its components: {', '.join(TRAINABLE[self.objective])}"
                 )
         if not (len(self.audio_window_sec) == 2 and 1 <= self.audio_window_sec[0] <= self.audio_window_sec[1] <= 8):
-            raise ConfigError(f"stage.audio_window_sec {self.audio_window_sec} must be [least, most] within 1 and 8 seconds")
+            raise ConfigError(
+                f"stage.audio_window_sec {self.audio_window_sec} must be [least, most] within 1 and 8 seconds"
+            )
         if self.total_tokens <= 0 or self.context <= 0:
-            raise ConfigError(f"stage.total_tokens ({self.total_tokens}) and stage.context ({self.context}) must be positive")
+            raise ConfigError(
+                f"stage.total_tokens ({self.total_tokens}) and stage.context ({self.context}) must be positive"
+            )
         if self.ctc_weight and self.objective is not Objective.transcription:
-            raise ConfigError(f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out")
+            raise ConfigError(
+                f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out"
+            )
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
 
@@ -264,7 +276,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         policies = ("strict", "reweight", "add", "add_remove")
         if self.resume_policy not in policies:
-            raise ConfigError(f"data.resume_policy '{self.resume_policy}' is unknown; {nearest(self.resume_policy, policies)}")
+            raise ConfigError(
+                f"data.resume_policy '{self.resume_policy}' is unknown; {nearest(self.resume_policy, policies)}"
+            )
         if self.lanes < 1 or self.packs_per_lane < 1:
             raise ConfigError("data.lanes and data.packs_per_lane must be at least 1")
 
@@ -316,9 +330,13 @@ class RunConfig:
         if experts % ep:
             divisors = [n for n in range(1, experts + 1) if experts % n == 0]
             best = min(divisors, key=lambda n: abs(n - ep))
-            raise ConfigError(f"engine.expert_parallel ({ep}) must divide model.text.num_experts ({experts}); try {best}")
+            raise ConfigError(
+                f"engine.expert_parallel ({ep}) must divide model.text.num_experts ({experts}); try {best}"
+            )
         if self.engine.num_processes % ep and self.engine.num_processes > 1:
-            raise ConfigError(f"engine.expert_parallel ({ep}) must divide the number of processes ({self.engine.num_processes})")
+            raise ConfigError(
+                f"engine.expert_parallel ({ep}) must divide the number of processes ({self.engine.num_processes})"
+            )
         if self.data.lanes < self.engine.num_processes:
             raise ConfigError(
                 f"data.lanes ({self.data.lanes}) must be at least the number of ranks ({self.engine.num_processes}); "

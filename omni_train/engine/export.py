@@ -70,7 +70,6 @@ def component_hashes(state: dict[str, Tensor]) -> dict[str, str]:
     return {component: digest.hexdigest() for component, digest in digests.items()}
 
 
-
 def stock_name(name: str) -> str:
     """Our parameter name → that of Qwen3OmniMoeThinkerForConditionalGeneration in memory."""
     name = name.removeprefix("towers.").removeprefix("llm.")
@@ -105,8 +104,11 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
     dist.barrier()
 
 
-def write_thinker(state: dict[str, Tensor], config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_thinker(
+    state: dict[str, Tensor], config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     """Save a Thinker with stock transformers (per-expert names on disk) from full weights by our names."""
+
     def stock_config():
         return thinker_config(config.model, tokenizer, config.stage.yarn_factor)
 

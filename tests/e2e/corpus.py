@@ -13,7 +13,7 @@ from omni_train.corpus import prepare_corpus
 ROOT = Path(__file__).resolve().parents[2]
 
 MICRO = [
-    *("model=tiny", "model.text.hidden_size=32", "model.text.num_hidden_layers=3", "model.text.head_dim=16"),
+    *("model=tiny", "model.text.hidden_size=32", "model.text.num_hidden_layers=4", "model.text.head_dim=16"),
     *("model.text.mrope_section=[4,2,2]", "model.text.num_attention_heads=2", "model.text.num_key_value_heads=1"),
     *("model.text.moe_intermediate_size=32", "model.text.num_experts=4", "model.text.max_position_embeddings=256"),
     *("model.audio.d_model=32", "model.audio.encoder_layers=1", "model.audio.encoder_attention_heads=2"),
