@@ -225,3 +225,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
         tts_eos=vocab[TTS_EOD],
         eos=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else vocab[IM_END],
     )
+
+
+def token_spelling(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:
+    """The UTF-8 bytes that each token id below ``size`` stands for; none for control tokens and ids without a token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [n for n in range(256) if chr(n) in letters]
+    # Byte-level BPE writes a byte that is no letter as the next character from U+0100 on (GPT-2's table).
+    byte_of = {chr(n): n for n in printable}
+    byte_of |= {chr(256 + k): n for k, n in enumerate(n for n in range(256) if n not in set(printable))}
+    spelling = [b""] * size
+    for token, number in tokenizer.get_vocab().items():
+        if number < size and number not in tokenizer.added_tokens_decoder:
+            spelling[number] = bytes(byte_of[character] for character in token)
+    return spelling

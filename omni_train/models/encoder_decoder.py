@@ -27,24 +27,37 @@ def pad_rows(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     return padded, mask
 
 
+CTC_SLOTS = 2  # CTC outputs an encoder output: one of 80 ms is too long for one letter
+CTC_CLASSES = 257  # the bytes, then the blank
+
+
 class TextDecoder(nn.Module):
-    """The library's attention decoder with a vocabulary head; and, with ``has_ctc``, a CTC head over encoder outputs
-    (vocabulary, then the blank) that training alone uses."""
+    """The library's attention decoder with a vocabulary head; and, with ``has_ctc``, a CTC head that spells the answer in
+    bytes from encoder outputs, which training alone uses."""
 
     def __init__(self, decoder: nn.Module, has_ctc: bool) -> None:
         super().__init__()
         width, vocabulary = decoder.config.hidden_size, decoder.config.vocab_size
         self.decoder = decoder
         self.head = nn.Linear(width, vocabulary, bias=False)
-        self.ctc_head = nn.Linear(width, vocabulary + 1) if has_ctc else None
+        self.ctc_head = nn.Linear(width, CTC_SLOTS * CTC_CLASSES) if has_ctc else None
 
 
 class EncoderDecoder(nn.Module):
     """An audio or vision encoder (``kind``) with a text decoder that attends to it."""
 
-    def __init__(self, encoder: nn.Module, decoder: TextDecoder, kind: str, media_token_id: int) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: TextDecoder,
+        kind: str,
+        media_token_id: int,
+        spelling: list[bytes] | None = None,
+    ) -> None:
+        """``spelling``: the bytes of each token id (none for a control token), for the CTC head."""
         super().__init__()
         self.kind = kind
+        self.spelling = spelling
         self.media_token_id = media_token_id
         if kind == "audio":
             self.audio_tower, self.audio_decoder = encoder, decoder
@@ -86,7 +99,7 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, pack: Pack) -> dict[str, Tensor]:
         """``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position; with a CTC head also
-        ``ctc_logits`` [D, S, V + 1] and ``ctc_lengths`` [D]. A pack without samples has no label."""
+        what ``ctc`` returns. A pack without samples has no label."""
         if not pack.sample_ids:
             pack = self._dummy(pack)
         memory, memory_mask = self.encode(pack)
@@ -105,8 +118,22 @@ class EncoderDecoder(nn.Module):
             "modality": pack.doc_modality[rows[has_label]],
         }
         if self.text_decoder.ctc_head is not None:
-            output |= {"ctc_logits": self.text_decoder.ctc_head(memory), "ctc_lengths": memory_mask.sum(-1)}
+            output |= self.ctc(memory, memory_mask, output["labels"], output["document"])
         return output
+
+    def ctc(self, memory: Tensor, memory_mask: Tensor, labels: Tensor, document: Tensor) -> dict[str, Tensor]:
+        """Logits over bytes [D, S · slots, 257] with their lengths [D]; target bytes of all documents [N] with theirs [D]."""
+        num_documents, steps, _ = memory.shape
+        texts = [b""] * num_documents
+        for token, row in zip(labels.tolist(), document.tolist(), strict=True):
+            texts[row] += self.spelling[token]
+        logits = self.text_decoder.ctc_head(memory).view(num_documents, steps * CTC_SLOTS, CTC_CLASSES)
+        return {
+            "ctc_logits": logits,
+            "ctc_lengths": memory_mask.sum(-1) * CTC_SLOTS,
+            "ctc_targets": torch.tensor(list(b"".join(texts)), dtype=torch.long, device=memory.device),
+            "ctc_target_lengths": torch.tensor([len(text) for text in texts], device=memory.device),
+        }
 
     def _dummy(self, pack: Pack) -> Pack:
         """A pack of one document with minimal media and no label, so that every rank's graph holds every parameter."""

@@ -51,20 +51,18 @@ def token_losses(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
     return F.cross_entropy(logits_KV.float(), labels_K, reduction="none")
 
 
-def ctc_loss_sum(logits_DSU: Tensor, lengths_D: Tensor, labels_K: Tensor, document_K: Tensor) -> Tensor:
-    """Σ over documents of the CTC loss in nats (Graves et al. 2006) of their labels, each document's last label (the end of
-    the turn) left out. U = V + 1, the blank last; a document with more labels than encoder outputs counts zero."""
-    num_documents = len(lengths_D)
-    is_last = torch.cat([document_K[1:] != document_K[:-1], torch.ones_like(document_K[:1], dtype=torch.bool)])
-    target_lengths = torch.bincount(document_K[~is_last], minlength=num_documents)
+def ctc_loss_sum(logits_DSU: Tensor, lengths_D: Tensor, targets_N: Tensor, target_lengths_D: Tensor) -> Tensor:
+    """Σ over documents of the CTC loss in nats (Graves et al. 2006) of the targets, concatenated over documents.
+
+    U classes, the blank last. A document whose targets do not fit into its steps counts zero.
+    """
     log_probabilities_SDU = logits_DSU.float().log_softmax(-1).transpose(0, 1)
-    blank = logits_DSU.shape[-1] - 1
     return F.ctc_loss(
         log_probabilities_SDU,
-        labels_K[~is_last],
+        targets_N,
         lengths_D,
-        target_lengths,
-        blank=blank,
+        target_lengths_D,
+        blank=logits_DSU.shape[-1] - 1,
         reduction="sum",
         zero_infinity=True,
     )
@@ -91,8 +89,10 @@ def next_token_losses(
         aux = balance_loss_sum(output["router_probabilities"], router_fractions)
         terms.append(LossTerm(engine, "router", aux, router_aux_coef))
     if ctc_weight > 0:
-        has_labels = len(output["labels"]) > 0
-        arguments = output["ctc_logits"], output["ctc_lengths"], output["labels"], output["document"]
-        ctc = ctc_loss_sum(*arguments) if has_labels else output["ctc_logits"].sum() * 0.0
+        targets = output["ctc_targets"], output["ctc_target_lengths"]
+        if len(targets[0]):
+            ctc = ctc_loss_sum(output["ctc_logits"], output["ctc_lengths"], *targets)
+        else:
+            ctc = output["ctc_logits"].sum() * 0.0
         terms.append(LossTerm(engine, "next_token", ctc, ctc_weight))
     return Losses(terms, modality_sums, output.get("router_counts"))

@@ -6,7 +6,7 @@ import torch
 
 from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Document
 from omni_train.data.encode import collate
-from omni_train.objectives.next_token import counts, next_token_losses, token_losses
+from omni_train.objectives.next_token import counts, ctc_loss_sum, next_token_losses, token_losses
 
 
 def output(logits, labels, modality, probabilities=None):
@@ -79,3 +79,11 @@ def test_a_pack_without_samples_counts_nothing():
     pack = collate([document([7, 8])])
     pack.sample_ids = []
     assert counts(pack) == {"next_token": 0, "router": 0}
+
+
+def test_ctc_sums_over_all_alignments_and_leaves_out_what_does_not_fit():
+    """Two steps, classes a, b, blank, uniform: "a" has 3 alignments of 9, "ab" has 1, "aab" none."""
+    logits = torch.zeros(3, 2, 3)
+    lengths = torch.tensor([2, 2, 2])
+    found = ctc_loss_sum(logits, lengths, torch.tensor([0, 0, 1, 0, 0, 1]), torch.tensor([1, 2, 3]))
+    assert float(found) == pytest.approx(math.log(9 / 3) + math.log(9 / 1))

@@ -3,7 +3,14 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from omni_train.data.tokenizer import REQUIRED_TOKENS, fingerprint, load_tokenizer, token_ids, train_tokenizer
+from omni_train.data.tokenizer import (
+    REQUIRED_TOKENS,
+    fingerprint,
+    load_tokenizer,
+    token_ids,
+    token_spelling,
+    train_tokenizer,
+)
 
 TEXTS = ["the cat sat on the mat.\n\nthe dog sat on the log, 2024!", "你好，世界。 你好！", "Ünïcode's café"] * 10
 
@@ -91,3 +98,11 @@ def test_too_small_a_vocabulary_is_refused(tmp_path):
         ValueError, match="vocab_size .100. must hold 256 bytes and 33 special tokens; use at least 289"
     ):
         train_tokenizer(TEXTS, 100, tmp_path)
+
+
+def test_spelling_gives_each_text_back_and_nothing_for_control_tokens(folder):
+    tokenizer = load_tokenizer(folder)
+    spelling = token_spelling(tokenizer, 400)
+    for text in [*TEXTS, "🙂 naïve\n ☃"]:
+        assert b"".join(spelling[n] for n in tokenizer(text)["input_ids"]).decode() == text
+    assert spelling[tokenizer.convert_tokens_to_ids("<|im_end|>")] == b"" and spelling[399] == b""
