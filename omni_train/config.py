@@ -2,7 +2,7 @@
 
     omni-train train s2_general model=tiny engine=cpu2 stage.total_tokens=1e6
 
-``load(stage, overrides)`` returns a plain ``RunConfig``; after it no ``DictConfig`` is left. Every error a user can cause
+``load(stage, overrides)`` returns a plain ``RunConfig``; after it no ``DictConfig`` is left. What a user can get wrong
 is a ``ConfigError`` naming the key, the rule and the nearest valid choice.
 """
 
@@ -93,7 +93,8 @@ class TextModelConfig:
     def __post_init__(self) -> None:
         if self.hidden_size <= 0 or self.num_experts_per_tok > self.num_experts:
             raise ConfigError(
-                f"model.text.num_experts_per_tok ({self.num_experts_per_tok}) must be at most num_experts ({self.num_experts})"
+                f"model.text.num_experts_per_tok ({self.num_experts_per_tok}) must be at most "
+                f"num_experts ({self.num_experts})"
             )
         if sum(self.mrope_section) != self.head_dim // 2:
             raise ConfigError(
@@ -109,7 +110,7 @@ class TextModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AudioModelConfig:
-    """The AuT encoder; names are those of Qwen3OmniMoeAudioEncoderConfig. n_window stays 50: others are broken upstream."""
+    """The AuT encoder; names are those of Qwen3OmniMoeAudioEncoderConfig. n_window stays 50 (upstream's bug)."""
 
     d_model: int
     encoder_layers: int
@@ -151,7 +152,7 @@ class VisionModelConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
             raise ConfigError(
-                f"model.vision.hidden_size ({self.hidden_size}) / num_heads ({self.num_heads}) must be a multiple of 4 (2-D RoPE)"
+                f"model.vision.hidden_size ({self.hidden_size}) / num_heads ({self.num_heads}) must be a multiple of 4"
             )
         outside = [index for index in self.deepstack_visual_indexes if not 0 <= index < self.depth]
         if outside:
@@ -188,7 +189,7 @@ class ModelConfig:
         levels, layers = len(self.vision.deepstack_visual_indexes), self.text.num_hidden_layers
         if levels >= layers:  # what is added after the last layer never reaches a text position
             raise ConfigError(
-                f"model.vision.deepstack_visual_indexes has {levels} levels; fewer than the LLM's {layers} layers must be used"
+                f"model.vision.deepstack_visual_indexes has {levels} levels; use fewer than the LLM's {layers} layers"
             )
 
 
@@ -262,7 +263,7 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Where the data lies and how a step is cut. lanes × packs_per_lane packs make one step, whatever the number of ranks."""
+    """Where the data lies and how a step is cut: lanes × packs_per_lane packs, for any number of ranks."""
 
     root: str
     tokenizer: str  # a transformers folder
@@ -285,7 +286,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
-    """How a step is computed. num_processes is per node and counts for local starts only; torchrun's environment wins."""
+    """How a step is computed. num_processes counts for local starts only; torchrun's environment wins."""
 
     device: str = "cpu"  # cpu | cuda
     num_processes: int = 1
@@ -365,7 +366,7 @@ def load(stage: str, overrides: list[str]) -> RunConfig:
 
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()
-    # NOTE: Hydra assigns a new entry of a typed dict as a plain one, which OmegaConf refuses; a merge gives it its type.
+    # NOTE: Hydra assigns a new entry of a typed dict as a plain one, which OmegaConf refuses; a merge types it.
     added = [override[1:] for override in overrides if re.match(r"\+(mixture|stage\.components)\.", override)]
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -31,7 +31,7 @@ TOWER_COMPONENTS = {"audio_encoder", "audio_adapter", "vision_encoder", "vision_
 
 @dataclass(slots=True)
 class Stage:
-    """What the loop needs of a stage. ``forward`` maps a pack to the model's output; ``engine`` names the trained engine."""
+    """What the loop needs of a stage. ``forward`` maps a pack to the model's output; ``engine`` is the trained one."""
 
     engines: dict[str, Any]
     frozen: dict[str, nn.Module]
@@ -123,7 +123,7 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
 
 
 def enable_recompute(module: nn.Module) -> None:
-    """Activation checkpointing of every transformer layer. NOTE: the reentrant form gives wrong gradients silently here."""
+    """Activation checkpointing of every transformer layer. NOTE: the reentrant form gives wrong gradients here."""
     for child in module.modules():
         if hasattr(child, "gradient_checkpointing_enable"):
             child.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

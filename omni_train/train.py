@@ -1,6 +1,6 @@
 """The loop: the only one. next packs → forward → losses → backward → step → log → save.
 
-    loss of a micro-batch = Σ over terms of weight × local sum / global count   (counts over all ranks and micro-batches)
+    loss of a micro-batch = Σ over terms of weight × local sum / global count   (over all ranks and micro-batches)
 
 so a step is the same for every split of its packs into ranks and micro-batches.
 """
@@ -45,7 +45,7 @@ class NonFiniteError(RuntimeError):
 
 
 def learning_rate_scale(stage: StageConfig, tokens: float) -> float:
-    """Factor on every component's rate after ``tokens`` of the stage: linear warm-up, then cosine, linear or constant."""
+    """Factor on every component's rate after ``tokens`` of the stage: warm-up, then cosine, linear or constant."""
     if tokens < stage.warmup_tokens:
         return max(tokens, 1.0) / stage.warmup_tokens
     if stage.schedule is Schedule.constant:
@@ -90,7 +90,7 @@ class Trainer:
     def step(self, packs: list[Pack]) -> dict[str, Any]:
         """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
 
-        Raises NonFiniteError on every rank, before the optimizer moves, when a loss or gradient of any pack is not finite.
+        Raises NonFiniteError on every rank, before the optimizer moves, when a loss or gradient is not finite.
         """
         divisors = self._global_counts(packs)
         scale = learning_rate_scale(self.config.stage, self.position.tokens)
@@ -117,7 +117,7 @@ class Trainer:
         return {**self._finish_step(sums, divisors, scale), "samples": self._sample_digest(packs)}
 
     def _sample_digest(self, packs: list[Pack]) -> str:
-        """14 hex digits that name the set of the step's samples over all ranks: a sum of hashes, so their order is free."""
+        """14 hex digits that name the set of the step's samples over all ranks: a sum of hashes, free of order."""
         names = [name.encode() for pack in packs for name in pack.sample_ids]
         hashes = [int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little") for name in names]
         total = torch.tensor([sum(hashes) % 2**56], dtype=torch.int64, device=self.ranks.device)
@@ -244,7 +244,7 @@ class StepSums:
 
 
 class StopSignal:
-    """Remembers TERM or USR1, so that the run saves at the end of a step and leaves; all ranks agree through a reduction."""
+    """Remembers TERM or USR1, so that the run saves at the end of a step and leaves; ranks agree by a reduction."""
 
     def __init__(self, device: torch.device) -> None:
         self.seen, self.device = False, device

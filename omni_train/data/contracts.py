@@ -108,9 +108,8 @@ class Document:
     """An encoded sample of L tokens.
 
     ``input_ids`` int64 [L]; ``labels`` int64 [L], unshifted (labels[i] is input_ids[i] or −100); ``position_ids`` int64
-    [3, L] (temporal, height, width of TM-RoPE, from 0); ``mels`` one float32 [128, frames] a clip, in order of placeholders;
-    ``patches`` one float32 [t*h*w, patch_dim] a picture or video with its ``grids`` (t, h, w) in patches. Audio windows in seconds
-    (1–8) for the audio encoder's attention may be set per document.
+    [3, L] (temporal, height, width of TM-RoPE, from 0); ``mels`` one float32 [128, frames] a clip, in order of
+    placeholders; ``patches`` one float32 [t*h*w, patch_dim] a picture or video with its ``grids`` (t, h, w) in patches.
     """
 
     sample_id: str
@@ -133,12 +132,14 @@ class Document:
 class Pack:
     """One training sequence of T tokens holding D whole documents, as tensors.
 
-    ``input_ids`` [T]; ``shift_labels`` [T]: the label *of the next token* of the same document, −100 at its last position
-    and where no loss is wanted; ``position_ids`` [4, T]: row 0 counts from 0 in each document, rows 1–3 are TM-RoPE;
+    ``input_ids`` [T]; ``shift_labels`` [T]: the label *of the next token* of the same document, −100 at its last
+    position and where no loss is wanted; ``position_ids`` [4, T]: row 0 counts from 0 in each document, rows 1–3 are
+    TM-RoPE;
     ``cu_seqlens`` int32 [D+1]; ``doc_modality`` int64 [D], index into MODALITIES. Media of all documents in order of
     their placeholders: ``mel`` float32 [128, F] concatenated over clips with ``mel_lengths`` int64 [clips];
     ``audio_window_sec`` int64 [clips]; ``pixel_values`` [patches, patch_dim] with ``image_grid_thw`` int64 [n, 3] and
-    the same for video. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids`` names its documents; it is empty for a dummy, which counts for nothing.
+    the same for video. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids`` names its
+    documents; it is empty for a dummy, which counts for nothing.
     """
 
     input_ids: torch.Tensor

@@ -41,7 +41,7 @@ class PackBuilder:
             document = self.encoder.encode(self.reader.read(planned), planned.start, planned.stop)
             if document.num_tokens != planned.num_tokens:
                 raise ConfigError(
-                    f"sample {document.sample_id} has {document.num_tokens} tokens, its index says {planned.num_tokens}; "
+                    f"sample {document.sample_id} has {document.num_tokens} tokens, its index {planned.num_tokens}; "
                     "rebuild the index with `omni-train data index`"
                 )
             documents.append(document)

@@ -63,7 +63,7 @@ def build_engine(
     *,
     micro_batches: int,
 ):
-    """A DeepSpeed engine that trains ``components`` of ``module``; or, without them, the frozen module, its experts sharded.
+    """A DeepSpeed engine that trains ``components`` of ``module``; or, without, the frozen module, its experts sharded.
 
     NOTE: a frozen module is called directly: its engine's forward would refuse the backward that flows through it.
     """
@@ -91,7 +91,7 @@ def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: fl
 
 
 class GradientGuard:
-    """Notices non-finite gradients of trained parameters as they are made, before any reduction can hide where they came from."""
+    """Notices non-finite gradients of trained parameters as they are made, before a reduction hides their origin."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.bad = torch.zeros((), dtype=torch.bool, device=device)

@@ -44,7 +44,7 @@ def _over_experts(tensor: Tensor, group: Any) -> Tensor:
 
 @torch.no_grad()
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter of a module by its own name before AutoEP took it over, whole, on CPU. Collective: all ranks call it."""
+    """Every parameter by its name before AutoEP took the module over, whole, on CPU. Collective: all ranks call it."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     state: dict[str, Tensor] = {}
@@ -81,8 +81,9 @@ def stock_name(name: str) -> str:
 def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the modules of a stage as a transformers folder, committed by rename. Collective: all ranks call it.
 
-    Thinker stages write a whole Qwen3OmniMoeThinkerForConditionalGeneration, with the towers of ``config.init`` where the
-    stage has none (text_pretrain). AuT and the captioner write their encoder under its name in the Thinker, and their decoder.
+    Thinker stages write a whole Qwen3OmniMoeThinkerForConditionalGeneration, with freshly initialised towers where
+    the stage has none (text_pretrain). AuT and the captioner write their encoder under its name in the Thinker, and
+    their decoder.
     """
     state: dict[str, Tensor] = {}
     for module in modules.values():

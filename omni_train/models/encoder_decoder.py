@@ -32,8 +32,8 @@ CTC_CLASSES = 257  # the bytes, then the blank
 
 
 class TextDecoder(nn.Module):
-    """The library's attention decoder with a vocabulary head; and, with ``has_ctc``, a CTC head that spells the answer in
-    bytes from encoder outputs, which training alone uses."""
+    """The library's attention decoder with a vocabulary head; and, with ``has_ctc``, a CTC head that spells the answer
+    in bytes from encoder outputs, which training alone uses."""
 
     def __init__(self, decoder: nn.Module, has_ctc: bool) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class EncoderDecoder(nn.Module):
         return output
 
     def ctc(self, memory: Tensor, memory_mask: Tensor, labels: Tensor, document: Tensor) -> dict[str, Tensor]:
-        """Logits over bytes [D, S · slots, 257] with their lengths [D]; target bytes of all documents [N] with theirs [D]."""
+        """Logits over bytes [D, S · slots, 257] with lengths [D]; targets of all documents [N] with lengths [D]."""
         num_documents, steps, _ = memory.shape
         texts = [b""] * num_documents
         for token, row in zip(labels.tolist(), document.tolist(), strict=True):

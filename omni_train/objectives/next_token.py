@@ -1,6 +1,7 @@
 """Cross-entropy at labelled positions with the router's balance loss: sums, to be divided by global counts.
 
-Used by the Thinker (next token) and by the encoder–decoders (next token given media). K labelled positions, V vocabulary.
+Used by the Thinker (next token) and by the encoder–decoders (next token given media).
+K labelled positions, V vocabulary.
 """
 
 from __future__ import annotations

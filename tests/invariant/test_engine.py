@@ -43,6 +43,8 @@ DEFAULT_ROUTER = Case(router_aux_coef=0.001)
 RANKS_2 = {"world": 2}
 EP_2 = {"world": 2, "expert_parallel": 2}
 slow = pytest.mark.slow
+
+
 def check(case: Case, reference: Case) -> None:
     wrong = differences(trajectory(case), trajectory(reference))
     assert not wrong, "\n".join(wrong)
