@@ -300,8 +300,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"engine.device '{self.device}' is unknown; {nearest(self.device, ['cpu', 'cuda'])}")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"engine.zero_stage ({self.zero_stage}) must be 0, 1, 2 or 3")
+        if self.zero_stage not in (1, 2, 3):  # DeepSpeed reports no gradient norm at stage 0 in fp32
+            raise ConfigError(f"engine.zero_stage ({self.zero_stage}) must be 1, 2 or 3")
         if self.expert_parallel < 1:
             raise ConfigError(f"engine.expert_parallel ({self.expert_parallel}) must be at least 1")
 

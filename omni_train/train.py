@@ -150,7 +150,7 @@ class Trainer:
             metrics["loss/router"] = sums.router / divisors["router"]
             metrics |= expert_health(sums.router_counts)
         for engine_name, engine in self.stage.engines.items():
-            metrics[f"grad_norm/{engine_name}"] = float(engine.get_global_grad_norm() or 0.0)
+            metrics[f"grad_norm/{engine_name}"] = float(engine.get_global_grad_norm())
         for name, component in self.config.stage.components.items():
             metrics[f"lr/{name}"] = component.lr * scale
         return metrics
