@@ -251,7 +251,8 @@ def load(stage: str, overrides: list[str]) -> RunConfig:
 def explain(error: BaseException) -> str:
     """One readable message for what Hydra and OmegaConf report, with the nearest valid choice."""
     chain = [error]
-    while following := chain[-1].__cause__ or chain[-1].__context__:
+    # NOTE: under a tracer (a debugger, coverage) OmegaConf raises an error as its own cause: stop at the first repeat.
+    while (following := chain[-1].__cause__ or chain[-1].__context__) and following not in chain:
         chain.append(following)
     for ours in (link for link in chain if isinstance(link, ConfigError)):
         return str(ours)

@@ -132,3 +132,10 @@ def test_a_field_that_an_older_run_did_not_know_is_no_change() -> None:
     now = to_dict(load("s2_general", []))
     before = {**now, "stage": {key: value for key, value in now["stage"].items() if key != "grad_clip"}}
     assert changed_keys(before, now) == {}
+
+
+def test_an_error_that_is_its_own_cause_is_explained_all_the_same() -> None:
+    """OmegaConf raises so under a debugger or coverage."""
+    error = ValueError("stage.context must be positive")
+    error.__cause__ = error
+    assert configuration.explain(error) == "stage.context must be positive"
