@@ -6,7 +6,6 @@ Heavy imports happen inside the commands, so that a wrong argument is answered i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ EPILOG = """examples:
   omni-train data prepare tiny                        make the small corpus, its tokenizer and its index
   omni-train run recipes/tiny.yaml                    the whole curriculum; finished stages are skipped
   omni-train train s2_general stage.total_tokens=1e5  one stage with Hydra overrides; the same command resumes it
-  omni-train eval runs/tiny/s3_long_context/export    held-out capabilities of an export
+  omni-train eval runs/tiny                           held-out capabilities, as the recipe asks
   omni-train report runs/tiny                         report.html and the result table
 
 `omni-train COMMAND --help` shows a command's own examples.
@@ -41,6 +40,15 @@ RUN_EPILOG = """examples:
   omni-train run recipes/tiny.yaml run_dir=runs/small model=small engine=gpu1
 
 The same command goes on where it was stopped. A stage writes run_dir/STAGE/; results and report lie in run_dir.
+"""
+
+
+EVAL_EPILOG = """examples:
+  omni-train eval runs/tiny                                            what the recipe asks, into results.json
+  omni-train eval runs/tiny --stage aut_pretrain                       only what it asks of one stage
+  omni-train eval runs/tiny/s3_long_context/export --split validation  one export, printed only
+  omni-train eval runs/tiny/s3_long_context/export --tasks long_audio_find --yarn off
+  omni-train eval runs/tiny/aut_pretrain/export --window-sec 1 2 4 8   AuT transcribes with its own decoder
 """
 
 
@@ -69,17 +77,15 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("stage", help=f"one of: {', '.join(configuration.available())}")
     plan.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=qwen3_omni_30b_a3b")
 
-    evaluate = commands.add_parser(
-        "eval", help="held-out capabilities of an export, beside controls with swapped media"
-    )
-    evaluate.add_argument("folder", help="an export folder of a Thinker stage")
-    evaluate.add_argument("--recipe", default="recipes/tiny.yaml", help="the recipe whose evaluation section to use")
+    what = "held-out capabilities, each beside a control with swapped media"
+    evaluate = commands.add_parser("eval", help=what, description=what, epilog=EVAL_EPILOG, formatter_class=raw)
+    evaluate.add_argument("folder", help="a recipe's run folder, or one export folder")
+    evaluate.add_argument("--recipe", default="recipes/tiny.yaml", help="the recipe with tasks, model and engine")
+    evaluate.add_argument("--stage", help="of a run folder: only this one; of an export: the stage that wrote it")
     evaluate.add_argument("--split", default="heldout", help="heldout (default) or validation")
     evaluate.add_argument("--yarn", choices=["on", "off"], default="on", help="off: drop the folder's YaRN")
-    evaluate.add_argument("--prefix", default="", help="prefix of the result names")
-    evaluate.add_argument("--tasks", nargs="*", help="only these tasks")
-    evaluate.add_argument("--window-sec", type=int, nargs="+", help="windows of an AuT export (1 8)")
-    evaluate.add_argument("--results", help="run folder whose results.json takes the figures")
+    evaluate.add_argument("--tasks", nargs="*", help="only these tasks of an export folder")
+    evaluate.add_argument("--window-sec", type=int, nargs="+", help="windows of an AuT export (default 1 8)")
     evaluate.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. engine=cpu1")
 
     export = commands.add_parser("export", help="copy a finished stage's transformers folder")
@@ -169,49 +175,35 @@ def command_plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Measure exports on the local ranks: a run folder's as its recipe asks, or one as the options say."""
     from omni_train.launching.local import is_launched, run_ranks
-    from omni_train.run import load_recipe
+    from omni_train.measure import job_of_export, jobs_of_run, measure
+    from omni_train.recipe import load_recipe
 
     recipe = load_recipe(Path(options.recipe))
-    if recipe.evaluation is None:
-        raise ConfigError(f"recipe '{options.recipe}' has no section 'evaluation'; name one that has, with --recipe")
-    is_aut = model_type(Path(options.folder)) == "omni_train_transcription"
-    stage = "aut_pretrain" if is_aut else recipe.evaluation.stage
-    config = configuration.load(stage, [*recipe.overrides, *recipe.stage(stage).overrides, *options.overrides])
-    if not Path(options.folder).is_dir():
-        raise ConfigError(f"no export folder '{options.folder}'; give a stage's export/ folder")
-    if options.window_sec and not is_aut:
-        raise ConfigError(f"--window-sec has no effect on '{options.folder}': it is no AuT export; leave it out")
-    if not is_launched():
-        return run_ranks(arguments, config.engine.num_processes, config.engine.threads)
-    from omni_train.evaluation.capabilities import evaluate_export
-    from omni_train.evaluation.transcription import evaluate_transcriber
-
-    wanted = options.tasks or [t for t in recipe.evaluation.tasks if not is_aut or t.startswith("spoken")]
-    tasks = {task: recipe.evaluation.source_of(task) for task in wanted}
-    where = {"tasks": tasks, "split": options.split, "prefix": options.prefix}
-    if is_aut:
-        figures = evaluate_transcriber(config, Path(options.folder), window_sec=options.window_sec or [1, 8], **where)
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"no folder '{folder}'; give a recipe's run folder, or a stage's export/ folder")
+    is_export = (folder / "config.json").is_file()
+    if is_export:
+        job = job_of_export(
+            recipe,
+            folder,
+            options.overrides,
+            stage=options.stage,
+            tasks=options.tasks,
+            use_yarn=options.yarn == "on",
+            window_sec=options.window_sec,
+        )
+        jobs = [job]
     else:
-        figures = evaluate_export(config, Path(options.folder), use_yarn=options.yarn == "on", **where)
-    report_capabilities(*figures, Path(options.results) if options.results else None)
+        if options.tasks or options.window_sec or options.yarn == "off":
+            raise ConfigError(f"--tasks, --yarn and --window-sec need one export folder, e.g. {folder}/STAGE/export")
+        jobs = jobs_of_run(recipe, folder, options.stage, options.overrides)
+    if not is_launched():
+        return run_ranks(arguments, jobs[0].config.engine.num_processes, jobs[0].config.engine.threads)
+    measure(jobs, options.split, folder if not is_export and options.split == "heldout" else None)
     return 0
-
-
-def model_type(folder: Path) -> str | None:
-    """What a folder's config.json says it holds."""
-    description = folder / "config.json"
-    return json.loads(description.read_text()).get("model_type") if description.is_file() else None
-
-
-def report_capabilities(capabilities: dict[str, float], controls: dict[str, float], run_dir: Path | None) -> None:
-    """Print measured figures once, and add them to a run folder's results.json."""
-    from omni_train.reporting.results import add_capabilities
-
-    if os.environ["RANK"] == "0":
-        print(json.dumps({"capabilities": capabilities, "controls": controls}, indent=1))
-        if run_dir is not None:
-            add_capabilities(run_dir, capabilities, controls)
 
 
 def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -226,11 +218,11 @@ def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def command_report(options: argparse.Namespace, arguments: list[str]) -> int:
+    from omni_train.recipe import load_recipe
     from omni_train.reporting.report import write_report
     from omni_train.reporting.results import load_results, render_table
-    from omni_train.run import load_recipe
 
-    bars = load_recipe(Path(options.recipe)).evaluation.bars if options.recipe else None
+    bars = load_recipe(Path(options.recipe)).bars if options.recipe else None
     print(render_table(load_results(Path(options.run)), bars))
     print(f"report: {write_report(Path(options.run), bars)}")
     return 0

@@ -1,6 +1,6 @@
-"""A recipe: an ordered list of stages, each started from exports of the ones before, then the evaluation.
+"""Run a recipe, or one stage of it.
 
-    run ──load_recipe──▶ every stage's configuration and shards checked ──▶ start_stage ×n ──▶ evaluation, table, report
+    run ──load_recipe──▶ every stage's configuration and shards checked ──▶ (start_stage, evaluate) ×n ──▶ table, report
     start_stage ──check_inputs, check_unchanged──▶ ranks
 
 A finished stage (its DONE file) is skipped, a half-done one resumes from its newest committed checkpoint; neither with
@@ -10,16 +10,18 @@ another configuration than it was started with.
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, RunConfig, nearest, to_dict
+from omni_train.config import ConfigError, RunConfig, to_dict
+from omni_train.recipe import RecipeStage, load_recipe, stage_overrides
 
 MAY_CHANGE = (
     *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints"),
@@ -28,88 +30,6 @@ MAY_CHANGE = (
 )
 """Keys, with what lies below them, that do not change what a run learns. The ranks of a checkpoint are checked when it
 is loaded; the mixture by the planner, where data.resume_policy allows a change."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RecipeStage:
-    """One stage: overrides of its YAML, and for each component the stage (or folder) whose export it starts from."""
-
-    stage: str
-    overrides: list[str] = field(default_factory=list)
-    init: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(kw_only=True, slots=True)
-class Evaluation:
-    """What to measure on the export of ``stage``: {source: [task]} of the held-out split, with printed ``bars``."""
-
-    stage: str
-    sources: dict[str, list[str]]
-    bars: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def tasks(self) -> list[str]:
-        return [task for tasks in self.sources.values() for task in tasks]
-
-    def source_of(self, task: str) -> str:
-        for source, tasks in self.sources.items():
-            if task in tasks:
-                return source
-        raise ConfigError(f"no task is called '{task}'; {nearest(task, self.tasks)}")
-
-
-@dataclass(kw_only=True, slots=True)
-class Recipe:
-    """A whole run. ``corpus`` names a folder of data/ that is prepared when it is missing."""
-
-    name: str
-    stages: list[RecipeStage]
-    evaluation: Evaluation | None = None
-    corpus: str = ""
-    overrides: list[str] = field(default_factory=list)
-
-    def stage(self, name: str) -> RecipeStage:
-        for stage in self.stages:
-            if stage.stage == name:
-                return stage
-        choices = [stage.stage for stage in self.stages]
-        raise ConfigError(f"recipe '{self.name}' has no stage '{name}'; {nearest(name, choices)}")
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe. Raises ConfigError naming a wrong key, stage or init."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not path.is_file():
-        folder = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        raise ConfigError(f"no recipe '{path}'; {nearest(str(path), folder) if folder else 'give a YAML file'}")
-    try:
-        values = OmegaConf.create(yaml.safe_load(path.read_text()))
-        recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"recipe '{path}': {configuration.explain(error)}") from error
-    before: list[str] = []
-    for stage in recipe.stages:
-        if stage.stage not in (known := configuration.available()):
-            raise ConfigError(f"recipe '{path}': no stage '{stage.stage}'; {nearest(stage.stage, known)}")
-        for component, source in stage.init.items():
-            if source not in before and not Path(source).is_dir():
-                raise ConfigError(
-                    f"recipe '{path}': {stage.stage}.init.{component} = '{source}' is neither an earlier stage "
-                    f"({', '.join(before)}) nor a folder"
-                )
-        before.append(stage.stage)
-    return recipe
-
-
-def stage_overrides(recipe: Recipe, stage: RecipeStage, run_dir: Path, extra: list[str]) -> list[str]:
-    """Hydra overrides of one stage of a recipe."""
-    init = []
-    for component, source in stage.init.items():
-        folder = source if Path(source).is_dir() else run_dir / source / "export"
-        init.append(f"+init.{component}={folder}")
-    return [*recipe.overrides, *stage.overrides, *extra, *init, f"run_dir={run_dir / stage.stage}"]
 
 
 def changed_keys(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -206,7 +126,6 @@ def held(folder: Path) -> Iterator[None]:
 
 def run(path: Path, overrides: list[str]) -> int:
     """Run a recipe; 0, or the exit status of the stage that failed."""
-    from omni_train.launching.local import run_ranks
     from omni_train.reporting.report import write_report
     from omni_train.reporting.results import load_results, render_table
 
@@ -229,16 +148,27 @@ def run(path: Path, overrides: list[str]) -> int:
         if status:
             return status
         print(stage_line(load_results(run_dir), stage.stage), flush=True)
-    if recipe.evaluation:
-        folder = run_dir / recipe.evaluation.stage / "export"
-        command = ["eval", str(folder), "--recipe", str(path), "--results", str(run_dir), *extra]
-        status = run_ranks(command, configs[-1].engine.num_processes, configs[-1].engine.threads)
+        status = evaluate_stage(path, stage, config, run_dir, extra)
         if status:
             return status
-    bars = recipe.evaluation.bars if recipe.evaluation else None
-    print(render_table(load_results(run_dir), bars))
-    print(f"report: {write_report(run_dir, bars)}")
+    print(render_table(load_results(run_dir), recipe.bars))
+    print(f"report: {write_report(run_dir, recipe.bars)}")
     return 0
+
+
+def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: Path, extra: list[str]) -> int:
+    """Measure on local ranks what the recipe asks of a finished stage, unless that was done; the exit status."""
+    from omni_train.launching.local import run_ranks
+
+    wanted = json.dumps([asdict(measurement) for measurement in stage.evaluate])
+    measured = run_dir / stage.stage / "measured.json"
+    if not stage.evaluate or (measured.exists() and measured.read_text() == wanted):
+        return 0
+    command = ["eval", str(run_dir), "--recipe", str(path), "--stage", stage.stage, *extra]
+    status = run_ranks(command, config.engine.num_processes, config.engine.threads)
+    if not status:
+        measured.write_text(wanted)
+    return status
 
 
 def corpus_root(name: str) -> Path:

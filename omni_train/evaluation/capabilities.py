@@ -6,7 +6,10 @@ Every rank takes its share of the items; with expert parallelism they answer in 
 from __future__ import annotations
 
 import copy
+import json
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jiwer
@@ -32,10 +35,26 @@ MAX_NEW_TOKENS = 24
 THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
 
 
+@dataclass(slots=True)
+class Answers:
+    """(answer, reference) of every item of a task, and of its control: the same items with another's media."""
+
+    name: str
+    pairs: list[tuple[str, str]]
+    swapped: list[tuple[str, str]]
+    suffix: str = ""
+
+    def named(self, figure: str) -> str:
+        """The name of a figure in results.json: TASK_FIGURE."""
+        return f"{self.name}_{figure}{self.suffix}"
+
+
 def load_frozen(config: RunConfig, folder: Path, ranks: Ranks, use_yarn: bool) -> tuple[Thinker, DataPipeline]:
-    """The exported Thinker, its experts sharded as the engine configuration says, and its data pipeline."""
+    """The exported Thinker with the YaRN of its folder, experts sharded as the engine says, and its data pipeline."""
     data = DataPipeline.of(config)
-    yarn = config.stage.yarn_factor if use_yarn else 1.0
+    description = json.loads((folder / "config.json").read_text())
+    rope = description.get("text_config", {}).get("rope_parameters") or {}
+    yarn = float(rope.get("factor", 1.0)) if use_yarn else 1.0
     thinker = compose(build_thinker(thinker_config(config.model, data.tokenizer, yarn), seed=0))
     load_components(thinker, folder, THINKER_COMPONENTS)
     module = build_engine(thinker, config.engine, config.stage, None, micro_batches=1)
@@ -54,6 +73,15 @@ def read_tasks(data: DataPipeline, patterns: dict[str, str], tasks: dict[str, st
                 sample = reader.read(DocumentPlan(source, number, position, 0, 1))
                 if sample.content.get("task") in found and tasks[sample.content["task"]] == source:
                     found[sample.content["task"]].append(sample)
+    return found
+
+
+def split_tasks(data: DataPipeline, tasks: dict[str, str], split: str) -> dict[str, list[Sample]]:
+    """Samples of ``tasks`` ({task: source}) in a split. Raises ConfigError for a task without any."""
+    found = read_tasks(data, {source: f"{split}/{source}/*.tar" for source in tasks.values()}, tasks)
+    for task, samples in found.items():
+        if not samples:
+            raise ConfigError(f"no sample of task '{task}' in {split}/{tasks[task]}; see the corpus's card.yaml")
     return found
 
 
@@ -98,7 +126,9 @@ def answer_all(thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks:
 
 
 def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
-    """{"exact": fraction, "cer": character error rate of the whole set} over (answer, reference)."""
+    """{"exact": fraction, "cer": character error rate of the whole set} over (answer, reference); {} without pairs."""
+    if not pairs:
+        return {}
     scores = {"exact": sum(a == r for a, r in pairs) / len(pairs)}
     if with_cer:
         scores["cer"] = float(jiwer.cer([r for _, r in pairs], [a or " " for a, _ in pairs]))
@@ -112,32 +142,19 @@ def gather(pairs: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
     return [pair for part in everything for pair in part]
 
 
-def evaluate_export(
+def answer_tasks(
     config: RunConfig,
     folder: Path,
-    *,
     tasks: dict[str, str],
     split: str,
-    use_yarn: bool,
-    prefix: str,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """(capabilities, controls) by name of ``tasks`` ({task: source}) of a split, measured on an export. Collective."""
-    ranks = parallel.start(config.engine)
+    ranks: Ranks,
+    *,
+    use_yarn: bool = True,
+    with_control: bool = True,
+) -> Iterator[Answers]:
+    """Answers of an export to ``tasks`` ({task: source}) of a split, task by task. Collective."""
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
-    by_task = read_tasks(data, {source: f"{split}/{source}/*.tar" for source in tasks.values()}, tasks)
-    capabilities: dict[str, float] = {}
-    controls: dict[str, float] = {}
-    for task, samples in by_task.items():
-        if not samples:
-            raise ConfigError(f"no sample of task '{task}' in {split}/{tasks[task]}; see the corpus's card.yaml")
-        with_cer = task.startswith("spoken") and not task.endswith("digit")
-        for target, items in ((capabilities, samples), (controls, swap_media(samples))):
-            pairs = gather(answer_all(thinker, data.encoder, items, ranks), ranks)
-            target |= {f"{prefix}{task}_{name}": value for name, value in score(pairs, with_cer).items()}
-            if target is capabilities and ranks.is_main:
-                wrong = [pair for pair in pairs if pair[0] != pair[1]][:4]
-                exact = capabilities[f"{prefix}{task}_exact"]
-                print(f"{prefix}{task}: {len(pairs)} items, exact {exact:.3f}; e.g. {wrong}", flush=True)
-    dist.barrier()
-    parallel.stop()
-    return capabilities, controls
+    for task, samples in split_tasks(data, tasks, split).items():
+        pairs = gather(answer_all(thinker, data.encoder, samples, ranks), ranks)
+        swapped = gather(answer_all(thinker, data.encoder, swap_media(samples), ranks), ranks) if with_control else []
+        yield Answers(task, pairs, swapped)

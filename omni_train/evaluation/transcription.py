@@ -6,10 +6,10 @@ export folder ─ load_transcriber ─▶ EncoderDecoder ─ transcribe_all ─�
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import (
@@ -25,9 +25,8 @@ from omni_train.data.contracts import Sample
 from omni_train.data.encode import Encoder, collate
 from omni_train.data.pipeline import DataPipeline
 from omni_train.data.tokenizer import load_tokenizer
-from omni_train.engine import parallel
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.capabilities import MAX_NEW_TOKENS, gather, read_tasks, score
+from omni_train.evaluation.capabilities import MAX_NEW_TOKENS, Answers, gather, split_tasks
 from omni_train.models.build import build_decoder, build_encoder
 from omni_train.models.encoder_decoder import EncoderDecoder
 from omni_train.models.weights import load_components
@@ -88,38 +87,23 @@ def transcribe_all(
     return found
 
 
-def evaluate_transcriber(
-    config: RunConfig, folder: Path, *, tasks: dict[str, str], split: str, prefix: str, window_sec: list[int]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """(capabilities, controls) of an AuT export on ``tasks`` ({task: source}) of a split, named aut_TASK_exact_8s.
+def transcribe_tasks(
+    config: RunConfig, folder: Path, tasks: dict[str, str], split: str, window_sec: list[int], ranks: Ranks
+) -> Iterator[Answers]:
+    """Transcripts of an AuT export for ``tasks`` ({task: source}) of a split, named aut_TASK_FIGURE_8s. Collective.
 
-    A control compares each answer with the reference of the next item. Collective.
+    A control compares each answer with the reference of the next item.
     """
     for window in window_sec:
         if not 1 <= window <= 8:
             raise ConfigError(f"--window-sec {window} must lie within 1 and 8 seconds, what AuT trains with")
-    ranks: Ranks = parallel.start(config.engine)
     model, tokenizer = load_transcriber(folder)
     model.to(ranks.device)
     data = DataPipeline(config, tokenizer)
-    by_task = read_tasks(data, {source: f"{split}/{source}/*.tar" for source in tasks.values()}, tasks)
-    capabilities: dict[str, float] = {}
-    controls: dict[str, float] = {}
-    for task, samples in by_task.items():
-        if not samples:
-            raise ConfigError(f"no sample of task '{task}' in {split}/{tasks[task]}; see the corpus's card.yaml")
+    for task, samples in split_tasks(data, tasks, split).items():
         mine = transcribe_all(model, data.encoder, samples[ranks.rank :: ranks.world], window_sec, ranks.device)
         for window, part in mine.items():
-            name = f"{prefix}aut_{task}"
             pairs = gather(part, ranks)
             others = [reference for _, reference in [*pairs[1:], pairs[0]]]
             swapped = [(answer, other) for (answer, _), other in zip(pairs, others, strict=True)]
-            capabilities |= {f"{name}_{key}_{window}s": value for key, value in score(pairs, True).items()}
-            controls |= {f"{name}_{key}_{window}s": value for key, value in score(swapped, True).items()}
-            if ranks.is_main:
-                wrong = [pair for pair in pairs if pair[0] != pair[1]][:4]
-                exact = capabilities[f"{name}_exact_{window}s"]
-                print(f"{name}, windows of {window} s: {len(pairs)} clips, exact {exact:.3f}; e.g. {wrong}", flush=True)
-    dist.barrier()
-    parallel.stop()
-    return capabilities, controls
+            yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s")

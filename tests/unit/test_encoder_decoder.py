@@ -144,9 +144,7 @@ def test_another_folder_is_refused(tmp_path):
 
 def test_a_window_outside_of_what_aut_trains_with_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--window-sec 9 must lie within 1 and 8"):
-        transcription.evaluate_transcriber(
-            SimpleNamespace(), tmp_path, tasks={}, split="heldout", prefix="", window_sec=[8, 9]
-        )
+        list(transcription.transcribe_tasks(SimpleNamespace(), tmp_path, {}, "heldout", [8, 9], SimpleNamespace()))
 
 
 @pytest.mark.parametrize("objective", ["transcription", "captioning"])

@@ -22,13 +22,15 @@ ORDER = (
     "stage",
     "train",
     "corpus",
+    "recipe",
+    "measure",
     "run",
     "ablate",
     "cli",
     "__main__",
 )
 ANYWHERE = ("config", "data.contracts")
-REPORTING_USERS = ("train", "run", "ablate", "cli", "__main__")
+REPORTING_USERS = ("train", "measure", "run", "ablate", "cli", "__main__")
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80

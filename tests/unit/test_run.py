@@ -9,7 +9,8 @@ import yaml
 
 from omni_train import run as running
 from omni_train.config import ConfigError, RunConfig, load, to_dict
-from omni_train.run import check_unchanged, load_recipe, stage_line, stage_overrides, start_stage
+from omni_train.recipe import load_recipe, stage_overrides
+from omni_train.run import check_unchanged, stage_line, start_stage
 
 
 def write_recipe(folder: Path, text: str) -> Path:

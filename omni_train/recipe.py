@@ -1,0 +1,112 @@
+"""A recipe: an ordered list of stages, each started from exports of the ones before, and what to measure at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from omni_train import config as configuration
+from omni_train.config import ConfigError, nearest
+
+
+@dataclass(kw_only=True, slots=True)
+class Measurement:
+    """Tasks to measure on an export when the stage that lists it has ended.
+
+    ``of`` names another, earlier stage whose export to take. A ``name`` makes it a comparison: its figures are printed
+    beside the task's own, as ``TASK_exact/NAME``. ``window_sec`` are the attention windows of an AuT export.
+    """
+
+    tasks: list[str]
+    of: str = ""
+    name: str = ""
+    use_yarn: bool = True
+    window_sec: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class RecipeStage:
+    """One stage: overrides of its YAML, and for each component the stage (or folder) whose export it starts from."""
+
+    stage: str
+    overrides: list[str] = field(default_factory=list)
+    init: dict[str, str] = field(default_factory=dict)
+    evaluate: list[Measurement] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class Recipe:
+    """A whole run.
+
+    ``corpus`` names a folder of data/ that is prepared when it is missing; ``tasks`` says which of its sources holds
+    which held-out tasks, {source: [task]}; ``bars`` are printed beside the figures of these names.
+    """
+
+    name: str
+    stages: list[RecipeStage]
+    corpus: str = ""
+    overrides: list[str] = field(default_factory=list)
+    tasks: dict[str, list[str]] = field(default_factory=dict)
+    bars: dict[str, float] = field(default_factory=dict)
+
+    def stage(self, name: str) -> RecipeStage:
+        for stage in self.stages:
+            if stage.stage == name:
+                return stage
+        choices = [stage.stage for stage in self.stages]
+        raise ConfigError(f"recipe '{self.name}' has no stage '{name}'; {nearest(name, choices)}")
+
+    def source_of(self, task: str) -> str:
+        for source, tasks in self.tasks.items():
+            if task in tasks:
+                return source
+        known = [task for tasks in self.tasks.values() for task in tasks]
+        hint = nearest(task, known) if known else "list it under 'tasks'"
+        raise ConfigError(f"recipe '{self.name}' has no task '{task}'; {hint}")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. Raises ConfigError naming a wrong key, stage or init."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not path.is_file():
+        folder = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        raise ConfigError(f"no recipe '{path}'; {nearest(str(path), folder) if folder else 'give a YAML file'}")
+    try:
+        values = OmegaConf.create(yaml.safe_load(path.read_text()))
+        recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"recipe '{path}': {configuration.explain(error)}") from error
+    before: list[str] = []
+    for stage in recipe.stages:
+        if stage.stage not in (known := configuration.available()):
+            raise ConfigError(f"recipe '{path}': no stage '{stage.stage}'; {nearest(stage.stage, known)}")
+        for component, source in stage.init.items():
+            if source not in before and not Path(source).is_dir():
+                raise ConfigError(
+                    f"recipe '{path}': {stage.stage}.init.{component} = '{source}' is neither an earlier stage "
+                    f"({', '.join(before)}) nor a folder"
+                )
+        before.append(stage.stage)
+        for measurement in stage.evaluate:
+            for task in measurement.tasks:
+                recipe.source_of(task)
+            if measurement.of and measurement.of not in before:
+                raise ConfigError(
+                    f"recipe '{path}': {stage.stage}.evaluate takes the export of '{measurement.of}', which is no "
+                    f"stage up to it; {nearest(measurement.of, before)}"
+                )
+    return recipe
+
+
+def stage_overrides(recipe: Recipe, stage: RecipeStage, run_dir: Path, extra: list[str]) -> list[str]:
+    """Hydra overrides of one stage of a recipe."""
+    init = []
+    for component, source in stage.init.items():
+        folder = source if Path(source).is_dir() else run_dir / source / "export"
+        init.append(f"+init.{component}={folder}")
+    return [*recipe.overrides, *stage.overrides, *extra, *init, f"run_dir={run_dir / stage.stage}"]
