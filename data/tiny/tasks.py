@@ -38,7 +38,7 @@ NUM_SAMPLES = {
     "digit_sum": (14, 3, 6),  # times each pair
     "digit_sum_unseen": (0, 14, 34),  # times each pair
     "long_audio_find": (900, 200, 500),
-    "exercise_rounds": (650, 40, 60),  # of 12 dialogues
+    "exercise_rounds": (1300, 40, 60),  # of 12 dialogues
     "text_sum": (14, 1, 2),  # times each sum
     "stories": (600, 50, 100),
 }
@@ -236,12 +236,17 @@ def plan_long_audio(plan: Planner) -> list[PlannedSample]:
     return samples
 
 
-def plan_text(plan: Planner) -> list[PlannedSample]:
-    """Written exercises and sums as dialogues; stories and library documentation as plain text."""
-    rounds, times, num_stories = (plan.begin(task) for task in ("exercise_rounds", "text_sum", "stories"))
+def plan_dialogue(plan: Planner) -> list[PlannedSample]:
+    """The media tasks and a few more in written form, and sums."""
+    rounds, times = plan.begin("exercise_rounds"), plan.begin("text_sum")
     written = texts.dialogues(plan.split, rounds, plan.seed) + texts.sums(times)
-    samples = [plan.sample(task, question, answer) for task, question, answer in written]
-    for story in texts.stories(plan.split, num_stories, plan.seed):
+    return [plan.sample(task, question, answer) for task, question, answer in written]
+
+
+def plan_text(plan: Planner) -> list[PlannedSample]:
+    """Plain text: stories and library documentation."""
+    samples = []
+    for story in texts.stories(plan.split, plan.begin("stories"), plan.seed):
         samples.append(PlannedSample({"text": story, "task": "story", "lang": "en", "license": SPEECH_LICENSE}))
     for text in texts.documentation(plan.scale)[plan.split]:
         samples.append(PlannedSample({"text": text, "task": "documentation", "lang": "en", "license": DOC_LICENSE}))
@@ -255,6 +260,7 @@ SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "pictures": plan_pictures,
     "speech_other": plan_speech_other,
     "audio_understanding": plan_audio_understanding,
+    "dialogue": plan_dialogue,
     "text": plan_text,
 }
 
