@@ -38,8 +38,8 @@ NUM_SAMPLES = {
     "digit_sum": (14, 3, 6),  # times each pair
     "digit_sum_unseen": (0, 14, 34),  # times each pair
     "long_audio_find": (900, 200, 500),
-    "exercise_rounds": (1300, 40, 60),  # of 12 dialogues
-    "text_sum": (14, 1, 2),  # times each sum
+    "exercise_rounds": (1000, 25, 40),  # of 19 dialogues
+    "text_sum": (25, 1, 2),  # times each sum
     "stories": (600, 50, 100),
 }
 """Of train, validation, held-out at scale 1."""

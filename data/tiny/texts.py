@@ -85,8 +85,19 @@ def _interleave(three: list[str], places: list[str], four: list[str]) -> Iterato
         yield from group
 
 
+EXERCISES_A_ROUND = 19
+
+
 def _exercises(rng: random.Random, phrases: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-    """(task, question, answer): the media tasks and a few more in written form, one of each a round, without end."""
+    """(task, question, answer): the media tasks and a few more in written form, a round of each, without end.
+
+    What a media task would hear or show stands before its question, where the clip or the picture will stand, once in
+    words and once in letters: what an encoder hands over of a word is nearer to its letters.
+    """
+
+    def ask(content: str, question: str) -> str:
+        return f"{content}\n{rng.choice(QUESTIONS[question])}"
+
     while True:
         phrase = rng.choice(phrases)
         word, name, digit = rng.choice(WORDS), rng.choice(CONCEPTS), rng.randrange(10)
@@ -94,32 +105,44 @@ def _exercises(rng: random.Random, phrases: tuple[str, ...]) -> Iterator[tuple[s
         fillers = rng.sample(FILLERS, rng.choice((2, 4, 8)))
         fillers.insert(rng.randint(0, len(fillers)), name)
         colour, count = rng.choice(COLOURS), rng.randint(1, 5)
-        words = phrase.split()[: rng.randint(1, 4)]
+        words = " ".join(phrase.split()[: rng.randint(1, 4)])
+        is_same = "same" if name == other else "different"
+        for form in (str, spell):
+            yield "text_repeat", ask(form(phrase), "transcribe"), phrase
+            yield "text_repeat", ask(form(word), "transcribe"), word
+            yield "text_digit", ask(form(NUMBERS[digit]), "spoken_digit"), str(digit)
+            yield "text_count_words", ask(form(words), "count_words"), str(len(words.split()))
+            yield "text_same", ask(f"{name}, {form(other)}", "same_or_different"), is_same
+            yield "text_find", ask(form(" ".join(fillers)), "audio_find"), name
+        yield "text_digit", ask(NUMBERS[digit], "digit_image"), str(digit)
+        yield "text_count", ask(" ".join([name] * count), "count"), str(count)
+        yield "text_colour", ask(f"{colour} {name}", "picture_colour"), colour
+        yield "text_name", ask(f"a picture of a {colour} {name}", "picture_name"), name
         yield "text_repeat", f"repeat: {phrase}", phrase
-        yield "text_repeat", f"what is said? {word}", word
-        yield "text_digit", f"which digit is this? {NUMBERS[digit]}", str(digit)
         yield "text_number", f"write in letters: {digit}", NUMBERS[digit]
-        yield "text_spell", f"spell {word}", " ".join(word)
-        yield "text_unspell", f"{' '.join(word)} spells?", word
-        yield "text_count_words", f"how many words? {' '.join(words)}", str(len(words))
-        yield "text_count", f"how many? {' '.join([name] * count)}", str(count)
-        yield "text_same", f"{name}, {other}: same or different?", "same" if name == other else "different"
-        yield "text_find", f"which name is said? {' '.join(fillers)}", name
-        yield "text_colour", f"{colour} {name} {rng.choice(VERBS)}. which colour?", colour
-        yield "text_name", f"a picture of a {colour} {name}. what is this?", name
+        yield "text_spell", f"spell {word}", spell(word)
+
+
+def spell(text: str) -> str:
+    """Letters apart by a space, words by a comma: "a b , c d"."""
+    return " , ".join(" ".join(word) for word in text.split())
 
 
 def dialogues(split: str, num_rounds: int, seed: int) -> list[tuple[str, str, str]]:
     """(task, question, answer) of ``num_rounds`` rounds of exercises, over the phrases of ``split`` alone."""
     rng = random.Random(f"dialogues/{split}/{seed}")
-    return list(itertools.islice(_exercises(rng, phrase_pools(seed)[split]), 12 * num_rounds))
+    return list(itertools.islice(_exercises(rng, phrase_pools(seed)[split]), EXERCISES_A_ROUND * num_rounds))
 
 
 def sums(num_times: int) -> list[tuple[str, str, str]]:
     """(task, question, answer) of all 100 sums of two digits, ``num_times`` each, in a few written forms."""
-    forms = ("{a} + {b} =", "{a} + {b} = sum?", "{x} + {y} = sum?", "{a} + {y} = sum?")
+    forms = ("{a} + {b} =", "{a} {b}\nsum?", "{x} {y}\nsum?", "{a} {y}\nsum?", "{a} {s}\nsum?")
     return [
-        ("text_sum", forms[time % len(forms)].format(a=a, b=b, x=NUMBERS[a], y=NUMBERS[b]), str(a + b))
+        (
+            "text_sum",
+            forms[time % len(forms)].format(a=a, b=b, x=NUMBERS[a], y=NUMBERS[b], s=spell(NUMBERS[b])),
+            str(a + b),
+        )
         for time in range(num_times)
         for a in range(10)
         for b in range(10)
