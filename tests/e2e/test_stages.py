@@ -25,10 +25,11 @@ THINKER_STAGES = ["text_pretrain", *STAGES[3:]]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], list[str]]:
-    """(run folder, what the command printed, the command) of a finished micro recipe, its evaluation left out."""
+    """(run folder, what the command printed, the command) of a finished micro recipe."""
     folder = tmp_path_factory.mktemp("recipe")
     recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
-    recipe.pop("evaluation")
+    for stage in recipe["stages"]:
+        stage.pop("overrides", None)
     path = folder / "micro.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     values = [value for value in overrides(folder / "run") if not value.startswith(("model=", "engine="))]
@@ -48,6 +49,9 @@ def test_every_stage_runs_and_hands_over(finished) -> None:
     results = json.loads((run_dir / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]] == STAGES
     assert all(stage["loss"] for stage in results["stages"])
+    for name in ("spoken_word_exact", "spoken_phrase_cer", "aut_spoken_word_cer_1s", "aut_spoken_word_cer_8s"):
+        assert name in results["capabilities"] and name in results["controls"]
+    assert {"long_audio_find_exact/s2_checkpoint", "long_audio_find_exact/yarn_off"} <= set(results["controls"])
     assert (run_dir / "report.html").stat().st_size > 1000
     for noise in ("built successfully", "FutureWarning", "Writing model shards"):
         assert noise not in done.stdout + done.stderr
