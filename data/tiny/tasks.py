@@ -29,8 +29,8 @@ NUM_SAMPLES = {
     "speech_other": (1500, 200, 500),
     "count_words": (700, 200, 500),
     "man_or_woman": (700, 200, 500),
-    "digit_variants": (6, 1, 1),  # times each image
-    "picture_name": (220, 6, 17),  # times each concept
+    "digit_variants": (4, 1, 1),  # times each image
+    "picture_name": (300, 6, 17),  # times each concept
     "picture_colour": (1200, 200, 500),
     "count": (2500, 200, 500),
     "same_or_different": (72, 3, 8),  # times each concept, same and different
@@ -166,8 +166,8 @@ def plan_audio_understanding(plan: Planner) -> list[PlannedSample]:
     return samples
 
 
-def plan_pictures(plan: Planner) -> list[PlannedSample]:
-    """MNIST digits, picture names, background colours and counts."""
+def plan_digits(plan: Planner) -> list[PlannedSample]:
+    """MNIST digits."""
     samples = []
     start, stop = DIGIT_ROWS[plan.split]
     rows = range(start, start + max(1, round((stop - start) * min(1.0, plan.scale))))
@@ -176,6 +176,12 @@ def plan_pictures(plan: Planner) -> list[PlannedSample]:
             for row in rows:
                 digit = Digit(value, row, plan.media_seed(), augment=plan.split == "train" and variant > 0)
                 samples.append(plan.sample("digit_image", "digit_image", str(value), digit, license=DIGIT_LICENSE))
+    return samples
+
+
+def plan_pictures(plan: Planner) -> list[PlannedSample]:
+    """Picture names, background colours and counts."""
+    samples = []
     for _ in range(plan.begin("picture_name")):
         for name in CONCEPTS:
             picture = plan.picture(name)
@@ -262,6 +268,7 @@ SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "audio_understanding": plan_audio_understanding,
     "dialogue": plan_dialogue,
     "text": plan_text,
+    "digits": plan_digits,
 }
 
 

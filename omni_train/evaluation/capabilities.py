@@ -87,8 +87,12 @@ def split_tasks(data: DataPipeline, tasks: dict[str, str], split: str) -> dict[s
 
 def swap_media(samples: list[Sample], seed: int = 0) -> list[Sample]:
     """The same questions and references, each with the media of another item (a random rotation)."""
-    order = np.random.default_rng(seed).permutation(len(samples))
-    partner = dict(zip(order, np.roll(order, 1), strict=True))
+    partner: dict[int, int] = {}
+    rng = np.random.default_rng(seed)
+    for names in sorted({tuple(sorted(sample.members)) for sample in samples}):  # only media of the same kinds
+        alike = np.array([n for n, sample in enumerate(samples) if tuple(sorted(sample.members)) == names])
+        order = rng.permutation(alike)
+        partner |= dict(zip(order, np.roll(order, 1), strict=True))
     swapped = []
     for number, sample in enumerate(samples):
         other = copy.copy(sample)

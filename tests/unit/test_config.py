@@ -85,6 +85,7 @@ def test_sources_and_components_can_be_added_changed_and_removed() -> None:
             "+mixture.more={shards: [more/*.tar], weight: 0.25, max_epochs: 2}",
             "mixture.speech.weight=0.75",
             "~mixture.pictures",
+            "~mixture.digits",
             "+stage.components.audio_encoder.lr=3e-4",
             "~stage.components.vision_adapter",
         ],
