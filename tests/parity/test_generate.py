@@ -31,6 +31,7 @@ NEVER = -1
 def build(tokenizer: str, yarn_factor: float = 1.0) -> torch.nn.Module:
     thinker = build_thinker(thinker_config(MICRO, load_tokenizer(tokenizer), yarn_factor), seed=0)
     perturb(thinker)
+    torch.nn.init.normal_(thinker.lm_head.weight, generator=torch.Generator().manual_seed(1))  # a new one copies
     return thinker.eval()
 
 

@@ -175,6 +175,7 @@ def test_presets_without_a_talker_are_counted_too(name):
 
 
 def test_a_plan_states_steps_and_tokens():
-    plan = render_plan(load("s2_general", ["model=tiny", "data.lanes=3", "data.packs_per_lane=2", "stage.context=100"]))
+    values = ["model=tiny", "data.lanes=3", "data.packs_per_lane=2", "stage.context=100", "stage.total_tokens=2e6"]
+    plan = render_plan(load("s2_general", values))
     assert "6 packs of 100 tokens a step (600 tokens)" in plan
     assert "2,000,000 tokens: at least 3,334 steps" in plan
