@@ -40,7 +40,7 @@ from omni_train.reporting.results import add_stage
 from omni_train.stage import build_stage
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ValueError):
     """A loss or gradient was NaN or infinite. Raised before the optimizer step, so the weights are still good."""
 
 
@@ -303,6 +303,8 @@ def train(config: RunConfig) -> None:
         if position.step % config.save_every_steps == 0:
             trainer.save()
     progress.close()
+    if position.step % config.save_every_steps:  # a kill during the last evaluation costs no step
+        trainer.save()
     finish(trainer, writer)
 
 

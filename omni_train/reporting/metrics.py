@@ -100,14 +100,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Rewrites ``path`` without lines of a step larger than ``step`` and without torn lines (atomic replace)."""
+    """Rewrites ``path`` up to its first line of ``step`` and without torn lines (atomic replace).
+
+    A second line of a step is that of the last evaluation, which a resumed run repeats.
+    """
     if not path.exists():
         return
-    kept = []
+    kept: list[str] = []
+    seen: set[int] = set()
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         record = _parse(line)
-        if record is not None and record["step"] <= step:
+        if record is not None and record["step"] <= step and record["step"] not in seen:
             kept.append(line if line.endswith("\n") else line + "\n")
+            seen.add(record["step"])
     temporary = path.with_suffix(".jsonl.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(kept)

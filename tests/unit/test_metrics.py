@@ -72,6 +72,16 @@ def test_a_killed_and_resumed_run_leaves_the_file_of_a_straight_run(tmp_path):
     assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == ["metrics.jsonl"]
 
 
+def test_a_run_killed_after_its_last_evaluation_repeats_that_line_alone(tmp_path):
+    writer = writer_of(tmp_path)
+    for record in ({"loss": 2.0}, {"eval/loss/text": 1.5}):
+        writer.log(record, step=1)
+    writer.truncate_after(1)
+    writer.log({"eval/loss/text": 1.5}, step=1)
+    writer.close()
+    assert lines_of(tmp_path) == ['{"step": 1, "loss": 2.0}', '{"step": 1, "eval/loss/text": 1.5}']
+
+
 def test_a_torn_line_does_not_swallow_the_next_record(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
