@@ -24,8 +24,8 @@ DOC_LICENSE = "PSF-2.0"
 NUM_SAMPLES = {
     "spoken_word": (28, 2, 6),  # times each word
     "spoken_phrase": (4500, 250, 600),
-    "spoken_digit": (80, 24, 60),  # times each digit
-    "audio_find": (700, 200, 500),
+    "spoken_digit": (40, 24, 60),  # times each digit
+    "audio_find": (2000, 200, 500),
     "speech_other": (1500, 200, 500),
     "count_words": (700, 200, 500),
     "man_or_woman": (700, 200, 500),

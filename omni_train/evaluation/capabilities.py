@@ -32,12 +32,13 @@ from omni_train.rollout.generate import greedy
 
 BATCH_TOKENS = 4096
 MAX_NEW_TOKENS = 24
+CONTROL_ITEMS = 300
 THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
 
 
 @dataclass(slots=True)
 class Answers:
-    """(answer, reference) of every item of a task, and of its control: the same items with another's media."""
+    """(answer, reference) of every item of a task, and of its control: its first 300 items with another's media."""
 
     name: str
     pairs: list[tuple[str, str]]
@@ -160,5 +161,6 @@ def answer_tasks(
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
     for task, samples in split_tasks(data, tasks, split).items():
         pairs = gather(answer_all(thinker, data.encoder, samples, ranks), ranks)
-        swapped = gather(answer_all(thinker, data.encoder, swap_media(samples), ranks), ranks) if with_control else []
+        control = swap_media(samples)[:CONTROL_ITEMS] if with_control else []
+        swapped = gather(answer_all(thinker, data.encoder, control, ranks), ranks) if control else []
         yield Answers(task, pairs, swapped)

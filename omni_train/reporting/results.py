@@ -141,7 +141,7 @@ def _stage_table(stages: list[dict[str, Any]]) -> Table:
     table.add_column("stage", no_wrap=True)
     modalities = loss_columns(stages)
     for header in ("tokens", "time", "tokens/s", *(f"loss {name}" for name in modalities)):
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(header.replace(" ", "\n").replace("_", "\n"), justify="right", no_wrap=True)
     for stage in stages:
         losses = stage.get("loss") or {}
         table.add_row(
