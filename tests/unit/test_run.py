@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from omni_train import run as running
 from omni_train.config import ConfigError, RunConfig, load, to_dict
+from omni_train.measure import job_of_export, jobs_of_run
 from omni_train.recipe import load_recipe, stage_overrides
 from omni_train.run import check_unchanged, stage_line, start_stage
 
@@ -22,11 +24,16 @@ def write_recipe(folder: Path, text: str) -> Path:
 TWO_STAGES = """
 name: two
 overrides: [model=tiny, engine=cpu1]
+tasks:
+  speech: [spoken_word]
 stages:
   - stage: text_pretrain
     overrides: [stage.context=128]
   - stage: s2_general
     init: {llm: text_pretrain}
+    evaluate:
+      - {tasks: [spoken_word]}
+      - {tasks: [spoken_word], of: text_pretrain, name: before}
 """
 
 
@@ -56,6 +63,8 @@ def test_a_recipe_hands_each_stage_the_exports_it_names(tmp_path: Path) -> None:
         ("stage: s2_general", "stage: s2_generl", ["no stage 's2_generl'", "did you mean 's2_general'"]),
         ("llm: text_pretrain", "llm: text_pretrian", ["s2_general.init.llm = 'text_pretrian'", "(text_pretrain)"]),
         ("overrides: [model", "overides: [model", ["recipe.yaml", "'overides'"]),
+        ("- {tasks: [spoken_word]}", "- {tasks: [spoken_wrd]}", ["no task 'spoken_wrd'", "did you mean 'spoken_word'"]),
+        ("of: text_pretrain", "of: text_pretrian", ["s2_general.evaluate", "'text_pretrian'", "'text_pretrain'"]),
     ],
 )
 def test_a_wrong_recipe_names_file_key_and_choice(tmp_path: Path, before: str, after: str, parts: list[str]) -> None:
@@ -132,3 +141,54 @@ def test_a_run_folder_is_held_by_one_command_at_a_time(tmp_path: Path) -> None:
             pytest.fail("held twice")
     with running.held(tmp_path / "run"):
         pass
+
+
+def exported(run_dir: Path, stage: str, model_type: str = "qwen3_omni_moe_thinker") -> Path:
+    """An export folder as far as measurements look at it before they start."""
+    folder = run_dir / stage / "export"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def test_a_recipe_measures_what_its_finished_stages_list(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, TWO_STAGES))
+    with pytest.raises(ConfigError, match="no export of a stage that recipe 'two' measures"):
+        jobs_of_run(recipe, tmp_path / "run", None, [])
+    exported(tmp_path / "run", "s2_general")
+    (only,) = jobs_of_run(recipe, tmp_path / "run", None, [])
+    assert only.config.stage.name == "s2_general" and only.tasks == {"spoken_word": "speech"}
+    exported(tmp_path / "run", "text_pretrain")
+    own, compared = jobs_of_run(recipe, tmp_path / "run", "s2_general", ["seed=4"])
+    assert (own.measurement.name, compared.measurement.name) == ("", "before")
+    assert compared.folder == tmp_path / "run" / "text_pretrain" / "export"
+    assert compared.config.stage.name == "text_pretrain" and compared.config.seed == 4
+
+
+def test_one_export_is_measured_by_the_stage_that_wrote_it(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, TWO_STAGES))
+    options = {"stage": None, "tasks": None, "use_yarn": False, "window_sec": None}
+    job = job_of_export(recipe, exported(tmp_path, "text_pretrain"), [], **options)
+    assert job.config.stage.name == "text_pretrain" and job.config.stage.context == 128
+    assert job.tasks == {"spoken_word": "speech"} and not job.measurement.use_yarn
+    other = exported(tmp_path, "elsewhere")
+    assert job_of_export(recipe, other, [], **options).config.stage.name == "s2_general"
+    with pytest.raises(ConfigError, match="--window-sec has no effect"):
+        job_of_export(recipe, other, [], **(options | {"window_sec": [1]}))
+
+
+def test_a_measured_stage_is_measured_again_only_when_the_recipe_asks_for_something_else(tmp_path, monkeypatch) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, TWO_STAGES))
+    started: list[list[str]] = []
+    monkeypatch.setattr("omni_train.launching.local.run_ranks", lambda command, *_: started.append(command) or 0)
+    stage = recipe.stages[1]
+    config = load("s2_general", ["engine=cpu1"])
+    exported(tmp_path, "s2_general")
+    for _ in range(2):
+        assert running.evaluate_stage(tmp_path / "recipe.yaml", stage, config, tmp_path, ["seed=1"]) == 0
+    assert len(started) == 1 and started[0][:2] == ["eval", str(tmp_path)] and started[0][-1] == "seed=1"
+    stage.evaluate.pop()
+    assert running.evaluate_stage(tmp_path / "recipe.yaml", stage, config, tmp_path, []) == 0
+    assert len(started) == 2
+    assert running.evaluate_stage(tmp_path / "recipe.yaml", recipe.stages[0], config, tmp_path, []) == 0
+    assert len(started) == 2, "nothing to measure"
