@@ -110,12 +110,24 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line; overrides may also stand behind options, where argparse would not take them."""
+    root = parser()
+    options, rest = root.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if strange:
+        root.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the process's exit status. What a user can mend ends in one message on stderr and status 2."""
     from omni_train.launching.local import is_launched, prepare_rank, report_failure
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     if is_launched():
         prepare_rank()
     try:

@@ -63,6 +63,16 @@ def test_a_users_error_is_one_line_and_status_2(command: list[str], capsys) -> N
     assert captured.err.startswith("omni-train: error: ") and captured.err.count("\n") == 1
 
 
+def test_overrides_may_stand_before_and_behind_options(capsys) -> None:
+    options = cli.parse(["eval", "run", "seed=1", "--recipe", "r.yaml", "engine=cpu1", "--split", "validation", "a=2"])
+    assert (options.folder, options.overrides) == ("run", ["seed=1", "engine=cpu1", "a=2"])
+    assert (options.recipe, options.split) == ("r.yaml", "validation")
+    for command in (["eval", "run", "--recipy", "r"], ["export", "run", "folder", "a=1"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.parse(command)
+        assert ended.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
