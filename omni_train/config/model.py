@@ -84,7 +84,10 @@ class AudioModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class VisionModelConfig:
-    """The vision encoder; names are those of Qwen3OmniMoeVisionEncoderConfig. Pixels: limits of the resize."""
+    """The vision encoder; names are those of Qwen3OmniMoeVisionEncoderConfig. Pixels: limits of the resize.
+
+    ``video_fps`` frames a second are looked at, fewer in videos that would have more than ``video_max_frames``.
+    """
 
     depth: int
     hidden_size: int
@@ -97,6 +100,10 @@ class VisionModelConfig:
     temporal_patch_size: int = 2
     min_pixels: int = 3136
     max_pixels: int = 12845056
+    video_min_pixels: int = 131072
+    video_max_pixels: int = 786432
+    video_fps: float = 2.0
+    video_max_frames: int = 768
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from omni_train.data.tokenizer import (
     VISION_START,
     load_tokenizer,
 )
+from omni_train.data.video import video_facts
 
 ROLES = ("system", "user", "assistant", "tool")
 PART_TYPES = ("text", "image", "audio", "video")
@@ -46,6 +48,7 @@ _MEDIA_TEXT = {
     "audio": AUDIO_START + AUDIO_PAD + AUDIO_END,
     "image": VISION_START + IMAGE_PAD + VISION_END,
     "video": VISION_START + VIDEO_PAD + VISION_END,
+    "video_audio": VISION_START + VIDEO_PAD + VISION_END,
 }
 _STRUCTURE = re.compile("|".join(re.escape(token) for token in STRUCTURE_TOKENS))
 # White space up to its last line break: what Qwen's pre-tokenisation joins to the line break of "assistant\n".
@@ -55,7 +58,7 @@ _LEADING_BREAKS = re.compile(r"[ \t\n\v\f\r\x85\xa0\u1680\u2000-\u200a\u2028\u20
 @dataclass(slots=True)
 class Piece:
     """A stretch of the rendered text. ``media`` names the member whose one placeholder the text holds, ``kind`` its
-    type."""
+    type: audio, image, video, or video_audio for a video whose sound is heard too."""
 
     text: str
     has_loss: bool
@@ -146,7 +149,7 @@ def _role(message: Any, number: int) -> str:
 
 
 def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
-    """(type, text or member name) of each part of a message, neighbouring texts joined."""
+    """(kind, text or member name) of each part of a message, neighbouring texts joined."""
     content = message.get("content")
     if isinstance(content, str):
         return [("text", _checked_text(content, f"message {number}"))]
@@ -169,6 +172,8 @@ def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
             value = _checked_text(value, f"message {number}")
             if parts and parts[-1][0] == "text":
                 value = parts.pop()[1] + value
+        if kind == "video" and part.get("use_audio_in_video", False):
+            kind = "video_audio"
         parts.append((kind, value))
     return parts
 
@@ -212,16 +217,17 @@ def modality_of(content: dict[str, Any]) -> str:
 
     A video counts as video_audio if its part says ``"use_audio_in_video": true``.
     """
-    found = set()
-    for message in content.get("messages", ()):
-        parts = message["content"] if isinstance(message["content"], list) else ()
-        for part in parts:
-            has_sound = part["type"] == "video" and part.get("use_audio_in_video", False)
-            found.add("video_audio" if has_sound else part["type"])
+    messages = content.get("messages", ())
+    found = {kind for number, message in enumerate(messages) for kind, _ in _parts(message, number)}
     return next((kind for kind in ("video_audio", "video", "image", "audio") if kind in found), "text")
 
 
-_READERS: dict[str, Callable[[str, bytes], MediaFacts]] = {"audio": audio_facts, "image": image_facts}
+_READERS: dict[str, Callable[[str, bytes], MediaFacts]] = {
+    "audio": audio_facts,
+    "image": image_facts,
+    "video": video_facts,
+    "video_audio": partial(video_facts, with_sound=True),
+}
 
 
 def describe(
@@ -237,11 +243,8 @@ def describe(
     facts = []
     for piece in pieces:
         if piece.media is not None:
-            reader = _READERS.get(str(piece.kind))
-            if reader is None:
-                raise ValueError(f"member {piece.media!r}: video files cannot be read yet; leave these samples out")
             try:
-                facts.append(reader(piece.media, members[piece.media]))
+                facts.append(_READERS[str(piece.kind)](piece.media, members[piece.media]))
             except ValueError as error:
                 raise ValueError(f"member {piece.media!r}: {error}") from error
     return count_text_tokens(pieces, tokenizer), facts
@@ -252,7 +255,7 @@ def check_members(content: dict[str, Any], members: dict[str, bytes]) -> None:
     for number, message in enumerate(content.get("messages", ())):
         for kind, name in _parts(message, number):
             if kind != "text" and name not in members:
-                has = ", ".join(sorted(members)) or "none"
+                kind, has = kind.removesuffix("_audio"), ", ".join(sorted(members)) or "none"
                 raise ValueError(
                     f"message {number} names {kind} member {name!r}, which is missing; the sample has {has}"
                 )

@@ -109,7 +109,8 @@ class Document:
 
     ``input_ids`` int64 [L]; ``labels`` int64 [L], unshifted (labels[i] is input_ids[i] or −100); ``position_ids`` int64
     [3, L] (temporal, height, width of TM-RoPE, from 0); ``mels`` one float32 [128, frames] a clip, in order of
-    placeholders; ``patches`` one float32 [t*h*w, patch_dim] a picture or video with its ``grids`` (t, h, w) in patches.
+    placeholders; ``patches`` one float32 [t*h*w, patch_dim] a picture or video with its ``grids`` (t, h, w) in patches;
+    for each video the seconds that one of its t spans, and whether its sound stands between its tokens.
     """
 
     sample_id: str
@@ -122,6 +123,8 @@ class Document:
     image_grids: list[tuple[int, int, int]] = field(default_factory=list)
     video_patches: list[np.ndarray] = field(default_factory=list)
     video_grids: list[tuple[int, int, int]] = field(default_factory=list)
+    video_seconds_per_grid: list[float] = field(default_factory=list)
+    video_has_sound: list[bool] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

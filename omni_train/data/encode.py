@@ -30,8 +30,9 @@ from omni_train.data.media_tokens import (
     grid_num_tokens,
     media_num_tokens,
 )
-from omni_train.data.positions import tm_rope_positions
+from omni_train.data.positions import audio_video_order, tm_rope_positions, video_token_times
 from omni_train.data.tokenizer import TokenIds, token_ids
+from omni_train.data.video import decode_sound, decode_video, video_facts
 
 DEFAULT_AUDIO_WINDOW_SEC = 8
 """The audio encoder's attention window at inference (``n_window_infer`` 800 mel frames)."""
@@ -45,7 +46,6 @@ class Encoder:
         self.geometry = geometry
         self.loss_on = getattr(loss_on, "value", loss_on)
         self.ids: TokenIds = token_ids(tokenizer)
-        self._pads = {"audio": self.ids.audio_pad, "image": self.ids.image_pad}
         render({"text": ""}, self.loss_on)  # refuses an unknown loss_on here, not in a worker
 
     def num_tokens(self, facts: SampleFacts) -> int:
@@ -104,9 +104,11 @@ class Encoder:
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         for piece in render(content, self.loss_on, add_generation_prompt):
-            piece_ids = np.asarray(tokenize(piece.text, self.tokenizer), dtype=np.int64)
+            tokens = tokenize(piece.text, self.tokenizer)
             if piece.media is not None:
-                piece_ids = self._expand(piece_ids, piece, members, document)
+                begin, _, end = tokens
+                tokens = [begin, *self._expand(piece, members, document), end]
+            piece_ids = np.asarray(tokens, dtype=np.int64)
             ids.append(piece_ids)
             labels.append(piece_ids if piece.has_loss else np.full_like(piece_ids, IGNORE_INDEX))
         document.input_ids, document.labels = np.concatenate(ids), np.concatenate(labels)
@@ -116,28 +118,48 @@ class Encoder:
             self.ids,
             audio_num_tokens=[audio_num_tokens(mel.shape[1]) for mel in document.mels],
             image_grids=document.image_grids,
+            video_grids=document.video_grids,
+            seconds_per_grid=document.video_seconds_per_grid,
+            use_audio_in_video=document.video_has_sound,
             geometry=self.geometry,
         )
         return document
 
-    def _expand(self, piece_ids: np.ndarray, piece: Piece, members: dict[str, bytes], document: Document) -> np.ndarray:
-        """The piece's ids with its placeholder repeated once a feature; the features are added to ``document``."""
+    def _expand(self, piece: Piece, members: dict[str, bytes], document: Document) -> list[int]:
+        """What takes the place of the piece's placeholder; the features are added to ``document``."""
         data = members[str(piece.media)]
         try:
             if piece.kind == "audio":
-                mel = log_mel(decode_audio(data))
-                document.mels.append(mel)
-                count = audio_num_tokens(mel.shape[1])
-            elif piece.kind == "image":
+                return self._hear(decode_audio(data), document)
+            if piece.kind == "image":
                 patches, grid = patchify(decode_image(data), self.geometry)
                 document.image_patches.append(patches)
                 document.image_grids.append(grid)
-                count = grid_num_tokens(grid, self.geometry)
-            else:
-                raise ValueError("video files cannot be read yet; leave these samples out")
+                return [self.ids.image_pad] * grid_num_tokens(grid, self.geometry)
+            return self._watch(data, piece.kind == "video_audio", document)
         except ValueError as error:
             raise ValueError(f"member {piece.media!r}: {error}") from error
-        return np.repeat(piece_ids, np.where(piece_ids == self._pads[piece.kind], count, 1))
+
+    def _hear(self, wave: np.ndarray, document: Document) -> list[int]:
+        mel = log_mel(wave)
+        document.mels.append(mel)
+        return [self.ids.audio_pad] * audio_num_tokens(mel.shape[1])
+
+    def _watch(self, data: bytes, has_sound: bool, document: Document) -> list[int]:
+        """Video tokens, with its sound's between them in order of time if that is heard."""
+        video = decode_video(data, self.geometry)
+        document.video_patches.append(video.patches)
+        document.video_grids.append(video.grid)
+        document.video_seconds_per_grid.append(video.seconds_per_grid)
+        document.video_has_sound.append(has_sound)
+        seen = [self.ids.video_pad] * grid_num_tokens(video.grid, self.geometry)
+        if not has_sound:
+            return seen
+        num_samples = video_facts("", data, with_sound=True).num_samples
+        heard = self._hear(decode_sound(data, num_samples), document)
+        times = video_token_times(video.grid, video.seconds_per_grid, self.geometry)
+        both = np.array([*seen, *heard])[audio_video_order(times, len(heard))]
+        return [self.ids.audio_start, *both.tolist(), self.ids.audio_end]
 
 
 def _cut(document: Document, start: int, stop: int) -> Document:

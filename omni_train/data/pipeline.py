@@ -62,6 +62,10 @@ def media_geometry(vision: VisionModelConfig) -> MediaGeometry:
         temporal_patch_size=vision.temporal_patch_size,
         min_pixels=vision.min_pixels,
         max_pixels=vision.max_pixels,
+        video_min_pixels=vision.video_min_pixels,
+        video_max_pixels=vision.video_max_pixels,
+        video_fps=vision.video_fps,
+        video_max_frames=vision.video_max_frames,
     )
 
 

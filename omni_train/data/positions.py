@@ -81,6 +81,11 @@ def _grid_positions(grid: Grid, ids_per_grid: float, geometry: MediaGeometry) ->
     return out
 
 
+def video_token_times(grid: Grid, seconds_per_grid: float, geometry: MediaGeometry) -> np.ndarray:
+    """Time of each token of a video, in position ids: int64 [t*h*w / merge²], ascending."""
+    return _grid_positions(grid, seconds_per_grid * geometry.position_id_per_seconds, geometry)[0]
+
+
 def audio_video_order(video_times: np.ndarray, num_audio_tokens: int) -> np.ndarray:
     """Order in which V video tokens (0 … V−1) and A audio tokens (V … V+A−1) stand in the text: int64 [V+A].
 

@@ -206,7 +206,7 @@ def test_describe_names_key_message_and_member(folder, tokenizer):
         describe(TWO_TURNS, members, tokenizer)
     with pytest.raises(ValueError, match="member 'jpg': cannot read picture"):
         describe(TWO_TURNS, {**members, "jpg": b"?"}, tokenizer)
-    with pytest.raises(ValueError, match="member 'mp4': video files cannot be read yet"):
+    with pytest.raises(ValueError, match="member 'mp4': cannot read video of 1 bytes"):
         describe(user([{"type": "video", "video": "mp4"}]), {"mp4": b"?"}, tokenizer)
     for data, message in [
         ({}, "no json member; it has none"),

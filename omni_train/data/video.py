@@ -1,0 +1,171 @@
+"""Videos: bytes → frames at the times that the planner counted on → patches, and the sound track as a wave.
+
+A video of ``video_grid`` (t, h, w) gives t · temporal_patch_size frames, each the picture that is on screen in the
+middle of its share of the time, so a variable frame rate needs no special case.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from omni_train.data.contracts import MediaFacts
+from omni_train.data.media_tokens import (
+    MIN_SAMPLES,
+    SAMPLE_RATE_HZ,
+    MediaGeometry,
+    check_aspect_ratio,
+    video_grid,
+    video_seconds_per_grid,
+)
+
+
+def video_facts(member: str, data: bytes, with_sound: bool = False) -> MediaFacts:
+    """Size, frames, mean frame rate and length of the sound of a video file, without decoding it.
+
+    ``with_sound`` says that the sound is wanted; then a file without any is refused. Raises ValueError for what cannot
+    be read.
+    """
+    with _open(data) as container:
+        video = _video_stream(container)
+        num_frames, seconds = _frames_and_seconds(container, video)
+        check_aspect_ratio(video.height, video.width)
+        facts = MediaFacts(
+            member=member,
+            kind="video",
+            width=video.width,
+            height=video.height,
+            num_frames=num_frames,
+            fps=num_frames / seconds,
+            has_audio=with_sound,
+        )
+        if with_sound:
+            if not container.streams.audio:
+                raise ValueError("the video has no sound, but its part says use_audio_in_video; set that to false")
+            facts.sample_rate_hz = SAMPLE_RATE_HZ
+            seconds = _seconds(container.streams.audio[0], container)
+            facts.num_samples = max(MIN_SAMPLES, round(seconds * SAMPLE_RATE_HZ))
+    return facts
+
+
+@dataclass(slots=True)
+class Video:
+    """``patches`` float32 [t*h*w, patch_dim] of a ``grid`` (t, h, w) whose every t spans ``seconds_per_grid``."""
+
+    patches: np.ndarray
+    grid: tuple[int, int, int]
+    seconds_per_grid: float
+
+
+def decode_video(data: bytes, geometry: MediaGeometry) -> Video:
+    """The frames of a video file that the planner counted on. Raises ValueError for a file that is broken."""
+    facts = video_facts("", data)
+    grid = video_grid(facts.width, facts.height, facts.num_frames, facts.fps, geometry)
+    seconds = video_seconds_per_grid(facts.num_frames, facts.fps, geometry)
+    num_wanted = grid[0] * geometry.temporal_patch_size
+    times = (np.arange(num_wanted) + 0.5) * seconds / geometry.temporal_patch_size
+    return Video(patchify_frames(_frames_at(data, times), grid, geometry), grid, seconds)
+
+
+def decode_sound(data: bytes, num_samples: int) -> np.ndarray:
+    """The sound track of a video: float32 [num_samples], mono, 16 kHz, cut or padded with silence to that length."""
+    pieces: list[np.ndarray] = []
+    with _open(data) as container:
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
+        try:
+            for frame in container.decode(container.streams.audio[0]):
+                pieces += [resampled.to_ndarray()[0] for resampled in resampler.resample(frame)]
+            pieces += [resampled.to_ndarray()[0] for resampled in resampler.resample(None)]
+        except av.FFmpegError as error:
+            raise ValueError(f"cannot decode the video's sound: {error}") from error
+    wave = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    if not np.isfinite(wave).all():
+        raise ValueError("the video's sound holds NaN or infinite samples")
+    return np.pad(wave, (0, max(0, num_samples - len(wave))))[:num_samples].astype(np.float32, copy=False)
+
+
+def patchify_frames(frames: np.ndarray, grid: tuple[int, int, int], geometry: MediaGeometry) -> np.ndarray:
+    """Patches float32 [t*h*w, patch_dim] of frames uint8 [t * temporal, height, width, 3].
+
+    Antialiased bicubic resize to the grid, values −1 … 1. Rows run over time, then 2×2 blocks of patches, row-major;
+    within a row: channel, time, y, x. Equal to stock's video processor on the same frames.
+    """
+    t, h, w = grid
+    size, merge, times = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    if pixels.shape[2:] != (h * size, w * size):
+        pixels = F.interpolate(pixels, size=(h * size, w * size), mode="bicubic", antialias=True)
+    blocks = pixels.reshape(t, times, 3, h // merge, merge, size, w // merge, merge, size)
+    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, geometry.patch_dim)
+    return ((blocks.to(torch.float32) / 255 - 0.5) / 0.5).numpy()
+
+
+def _frames_at(data: bytes, times: np.ndarray) -> np.ndarray:
+    """RGB uint8 [len(times), height, width, 3]: the frame on screen at each of the ascending times in seconds."""
+    chosen: list[np.ndarray] = []
+    with _open(data) as container:
+        stream = _video_stream(container)
+        start = (stream.start_time or 0) * stream.time_base
+        shown: av.VideoFrame | None = None
+        try:
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    continue
+                at = float(frame.pts * stream.time_base - start)
+                while shown is not None and len(chosen) < len(times) and times[len(chosen)] < at:
+                    chosen.append(shown.to_ndarray(format="rgb24"))
+                shown = frame
+                if len(chosen) == len(times):
+                    break
+        except av.FFmpegError as error:
+            raise ValueError(f"cannot decode the video: {error}") from error
+        if shown is None:
+            raise ValueError("the video has no frame that can be decoded")
+        while len(chosen) < len(times):
+            chosen.append(shown.to_ndarray(format="rgb24"))
+    return np.stack(chosen)
+
+
+@contextmanager
+def _open(data: bytes) -> Iterator[av.container.InputContainer]:
+    if not data:
+        raise ValueError("video is empty (0 bytes)")
+    try:
+        container = av.open(io.BytesIO(data))
+    except (av.FFmpegError, ValueError) as error:
+        raise ValueError(f"cannot read video of {len(data):,} bytes: {error}; use mp4") from error
+    with container:
+        yield container
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    if not container.streams.video:
+        raise ValueError("the file has no video stream")
+    stream = container.streams.video[0]
+    stream.thread_count = 1  # ranks and workers are the parallelism
+    return stream
+
+
+def _frames_and_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[int, float]:
+    num_frames = stream.frames
+    if not num_frames:  # no table in the container (webm, mkv): count packets
+        num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+        container.seek(0)
+    seconds = _seconds(stream, container)
+    if num_frames < 1 or not math.isfinite(seconds) or seconds <= 0:
+        raise ValueError(f"the video has {num_frames} frames in {seconds} s; it has no duration")
+    return num_frames, seconds
+
+
+def _seconds(stream: av.VideoStream | av.AudioStream, container: av.container.InputContainer) -> float:
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return float(container.duration / av.time_base) if container.duration is not None else math.nan

@@ -1,0 +1,218 @@
+"""Videos: the header says what the decoder gives, frames are those on screen, sound stands between them by time."""
+
+from __future__ import annotations
+
+import io
+import json
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from omni_train.data.chatml import Describe
+from omni_train.data.contracts import Sample, SampleFacts
+from omni_train.data.encode import Encoder
+from omni_train.data.media_tokens import MediaGeometry, video_grid
+from omni_train.data.positions import video_token_times
+from omni_train.data.tokenizer import load_tokenizer, train_tokenizer
+from omni_train.data.video import decode_sound, decode_video, patchify_frames, video_facts
+
+GEOMETRY = MediaGeometry(patch_size=8, video_min_pixels=1_024, video_max_pixels=4_096, video_fps=4.0)
+TICKS = 1000  # a second
+
+
+def video(times: list[float], tones: int = 0, size: tuple[int, int] = (64, 48), seconds: float | None = None) -> bytes:
+    """An mp4 with ``tones`` samples of sound; frame n is grey 20 + 10 n (mod 230) and shown from ``times[n]`` on."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=TICKS)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, TICKS)
+        stream.codec_context.qmin = stream.codec_context.qmax = 1
+        sound = container.add_stream("aac", rate=16_000, layout="mono") if tones else None
+        end = seconds if seconds is not None else times[-1] + times[1] - times[0]
+        for number, at in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(
+                np.full((size[1], size[0], 3), 20 + 10 * number % 230, np.uint8), "rgb24"
+            )
+            frame.pts, frame.time_base = round(at * TICKS), Fraction(1, TICKS)
+            frame.duration = round(((times[number + 1] if number + 1 < len(times) else end) - at) * TICKS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if sound is not None:
+            wave = (0.3 * np.sin(np.arange(tones) * 0.2)).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16_000, 0
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode(None))
+    return out.getvalue()
+
+
+def greys(patches: np.ndarray, grid: tuple[int, int, int]) -> list[float]:
+    """The grey of each frame that was looked at."""
+    values = (patches.reshape(grid[0], -1, 3, 2, 64) * 0.5 + 0.5) * 255
+    return values.mean(axis=(1, 2, 4)).flatten().round().tolist()
+
+
+def test_the_header_gives_size_frames_rate_and_sound():
+    facts = video_facts("v", video([n / 10 for n in range(20)], tones=32_000), with_sound=True)
+    assert (facts.kind, facts.width, facts.height, facts.num_frames) == ("video", 64, 48, 20)
+    assert facts.fps == pytest.approx(10, rel=0.06)  # the last frame's time is lost in this file
+    assert facts.has_audio and facts.sample_rate_hz == 16_000
+    assert facts.num_samples == pytest.approx(32_000, abs=2_100)
+    assert not video_facts("v", video([0, 0.1])).has_audio
+
+
+def test_frames_are_those_on_screen_in_the_middle_of_their_share():
+    found = decode_video(video([n / 10 for n in range(20)]), GEOMETRY)
+    assert found.grid[0] == 4 and found.seconds_per_grid == pytest.approx(7 / 13)
+    middles = (np.arange(8) + 0.5) * found.seconds_per_grid / 2
+    expected = [20 + 10 * min(19, int(at * 10)) for at in middles]
+    assert np.abs(np.array(greys(found.patches, found.grid)) - expected).max() <= 3
+
+
+def test_a_variable_frame_rate_is_looked_at_by_time():
+    """One frame for a second and a half, then nine in half a second: four fifths of the looks show the first."""
+    times = [0.0, *(1.5 + n / 18 for n in range(9))]
+    data = video(times, seconds=2.0)
+    found = decode_video(data, GEOMETRY)
+    middles = (np.arange(2 * found.grid[0]) + 0.5) * found.seconds_per_grid / 2
+    expected = [20 + 10 * int(np.searchsorted(times, at, side="right") - 1) for at in middles]
+    assert np.abs(np.array(greys(found.patches, found.grid)) - expected).max() <= 3
+    assert expected.count(20) == 5 or expected.count(20) == 6
+
+
+@pytest.mark.parametrize("seconds, fps", [(0.1, 10), (0.9, 30), (2.0, 12), (3.3, 25)])
+def test_the_grid_of_the_facts_is_that_of_the_data(seconds, fps):
+    data = video([n / fps for n in range(max(2, round(seconds * fps)))])
+    facts = video_facts("v", data)
+    found = decode_video(data, GEOMETRY)
+    assert found.grid == video_grid(facts.width, facts.height, facts.num_frames, facts.fps, GEOMETRY)
+    assert found.patches.shape == (np.prod(found.grid), GEOMETRY.patch_dim)
+
+
+def test_patches_of_frames_by_a_plain_loop():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
+    rows = patchify_frames(frames, (2, 4, 6), GEOMETRY)
+    number = 0
+    for t in range(2):
+        for block_y in range(2):
+            for block_x in range(3):
+                for y in (2 * block_y, 2 * block_y + 1):
+                    for x in (2 * block_x, 2 * block_x + 1):
+                        patch = frames[2 * t : 2 * t + 2, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+                        expected = (patch.transpose(3, 0, 1, 2).reshape(-1) / 255 - 0.5) / 0.5
+                        assert np.abs(rows[number] - expected).max() < 1e-6
+                        number += 1
+
+
+def test_sound_has_the_length_that_was_counted():
+    data = video([0, 0.5, 1.0], tones=16_000)
+    num_samples = video_facts("v", data, with_sound=True).num_samples
+    wave = decode_sound(data, num_samples)
+    assert wave.shape == (num_samples,) and wave.dtype == np.float32
+    assert 0.1 < float(np.sqrt((wave[2_000:12_000] ** 2).mean())) < 0.3
+    assert decode_sound(data, num_samples + 500)[-100:].tolist() == [0.0] * 100
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "video is empty"),
+        (b"no video", "cannot read video of 8 bytes"),
+        (video([0, 0.1])[:300], "cannot read video|no video stream"),
+    ],
+)
+def test_a_broken_file_is_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        decode_video(data, GEOMETRY)
+
+
+def test_a_silent_file_whose_sound_is_wanted_is_named():
+    with pytest.raises(ValueError, match="has no sound, but its part says use_audio_in_video"):
+        video_facts("v", video([0, 0.1]), with_sound=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["user\nassistant\nwhat moves? a cat, a dog\n"] * 8, 350, out)
+    return out
+
+
+def sample(has_sound: bool) -> Sample:
+    part = {"type": "video", "video": "v.mp4", "use_audio_in_video": has_sound}
+    content = {
+        "messages": [
+            {"role": "user", "content": [part, {"type": "text", "text": "what moves?"}]},
+            {"role": "assistant", "content": "a cat"},
+        ]
+    }
+    data = video([n / 10 for n in range(20)], tones=30_000)
+    return Sample("video", "shard.tar", "k", content, {"json": json.dumps(content).encode(), "v.mp4": data})
+
+
+@pytest.mark.parametrize("has_sound", [False, True])
+def test_the_index_counts_the_tokens_that_the_encoder_makes(folder, has_sound):
+    encoder = Encoder(load_tokenizer(folder), GEOMETRY)
+    document = encoder.encode(sample(has_sound))
+    num_text, media = Describe(folder)("k", sample(has_sound).members)
+    assert document.num_tokens == encoder.num_tokens(SampleFacts("k", 0, 512, num_text, media))
+    assert document.modality == ("video_audio" if has_sound else "video")
+    ids = document.input_ids.tolist()
+    assert ids.count(encoder.ids.video_pad) == np.prod(document.video_grids[0]) // 4
+    assert (ids.count(encoder.ids.audio_pad) > 0) == has_sound == bool(document.mels)
+
+
+def test_sound_stands_between_the_frames_by_time(folder):
+    encoder = Encoder(load_tokenizer(folder), GEOMETRY)
+    document = encoder.encode(sample(True))
+    ids = document.input_ids.tolist()
+    start, end = ids.index(encoder.ids.audio_start), ids.index(encoder.ids.audio_end)
+    assert ids[start - 1] == encoder.ids.vision_start and ids[end + 1] == encoder.ids.vision_end
+    between = ids[start + 1 : end]
+    assert set(between) == {encoder.ids.video_pad, encoder.ids.audio_pad}
+    times = video_token_times(document.video_grids[0], document.video_seconds_per_grid[0], GEOMETRY)
+    heard = seen = 0
+    for token in between:
+        if token == encoder.ids.video_pad:
+            assert heard >= times[seen], "everything heard before this frame stands before it"
+            seen += 1
+        else:
+            assert seen == len(times) or times[seen] > heard
+            heard += 1
+
+
+def test_positions_equal_stock(folder):
+    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Stock
+
+    """At one second a temporal patch: elsewhere upstream orders by floats, where a tie hangs on a rounding error."""
+    geometry = MediaGeometry(patch_size=8, video_min_pixels=1_024, video_max_pixels=4_096, video_fps=2.0)
+    encoder = Encoder(load_tokenizer(folder), geometry)
+    ids = encoder.ids
+
+    class Config:
+        audio_token_id, image_token_id, video_token_id = ids.audio_pad, ids.image_pad, ids.video_pad
+        audio_start_token_id, vision_start_token_id = ids.audio_start, ids.vision_start
+        position_id_per_seconds = 13
+        audio_config = type("AudioConfig", (), {"n_window": 50})
+
+    for has_sound in (False, True):
+        document = encoder.encode(sample(has_sound))
+        model = Stock.__new__(Stock)
+        torch.nn.Module.__init__(model)
+        model.config, model.spatial_merge_size = Config(), 2
+        tokens = torch.from_numpy(document.input_ids)[None]
+        positions, _ = model.get_rope_index(
+            tokens,
+            None,
+            torch.tensor(document.video_grids),
+            attention_mask=torch.ones_like(tokens),
+            use_audio_in_video=has_sound,
+            audio_seqlens=torch.tensor([mel.shape[1] for mel in document.mels]) if has_sound else None,
+            second_per_grids=torch.tensor(document.video_seconds_per_grid),
+        )
+        assert np.array_equal(positions[:, 0].numpy(), document.position_ids), has_sound
