@@ -98,7 +98,8 @@ def master(concept: str, max_px: int) -> Image.Image:
     return ink
 
 
-def _placed(concept: str, side_px: float, degrees: float) -> Image.Image:
+def placed(concept: str, side_px: float, degrees: float) -> Image.Image:
+    """The concept turned by ``degrees``, its longest side ``side_px`` before the turn: RGBA."""
     ink = master(concept, 40 if side_px < 20 else 128)
     turned = ink.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
     factor = side_px / max(ink.size)
@@ -107,7 +108,7 @@ def _placed(concept: str, side_px: float, degrees: float) -> Image.Image:
 
 
 def _paste(canvas: Image.Image, concept: str, side_px: float, centre: tuple[float, float], degrees: float) -> None:
-    image = _placed(concept, side_px, degrees)
+    image = placed(concept, side_px, degrees)
     corner = (round(centre[0] - image.width / 2), round(centre[1] - image.height / 2))
     canvas.paste(image, corner, image)
 

@@ -160,20 +160,28 @@ def _utterance(clip: Clip, text: str, rate_wpm: int) -> np.ndarray:
     return wave / np.abs(wave).max()
 
 
-def _finish(wave: np.ndarray, clip: Clip) -> tuple[bytes, float]:
+def _mixed(wave: np.ndarray, clip: Clip) -> np.ndarray:
     noise = np.random.default_rng(clip.seed).standard_normal(wave.size, dtype=np.float32) * clip.noise
-    mixed = clip.peak * (wave + noise) / max(1.0, float(np.abs(wave + noise).max()))
+    return clip.peak * (wave + noise) / max(1.0, float(np.abs(wave + noise).max()))
+
+
+def _flac(wave: np.ndarray) -> tuple[bytes, float]:
     file = io.BytesIO()
-    soundfile.write(file, mixed, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
+    soundfile.write(file, wave, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
     return file.getvalue(), wave.size / SAMPLE_RATE_HZ
 
 
 def synthesise_clip(clip: Clip) -> tuple[bytes, float]:
-    """FLAC bytes and seconds. Slow voices are asked to speak faster until the clip is at most 2.5 s long."""
+    """FLAC bytes and seconds."""
+    return _flac(wave_of(clip))
+
+
+def wave_of(clip: Clip) -> np.ndarray:
+    """float32 [samples] at 16 kHz. Slow voices are asked to speak faster until the clip is at most 2.5 s long."""
     for rate_wpm in range(clip.rate_wpm, 400, 25):
         wave = _utterance(clip, clip.text, rate_wpm)
         if wave.size <= MAX_CLIP_SEC * SAMPLE_RATE_HZ:
-            return _finish(wave, clip)
+            return _mixed(wave, clip)
     raise ValueError(f"{clip.text!r} is longer than {MAX_CLIP_SEC} s in voice {clip.voice!r} at any rate")
 
 
@@ -193,4 +201,4 @@ def synthesise_recording(recording: Recording) -> tuple[bytes, float]:
     wave = np.concatenate([piece for part in parts for piece in (part, gap)][:-1])
     seconds = wave.size / SAMPLE_RATE_HZ
     assert MIN_LONG_SEC <= seconds <= MAX_LONG_SEC, f"a recording of {seconds:.2f} s"
-    return _finish(wave, clip)
+    return _flac(_mixed(wave, clip))
