@@ -50,7 +50,8 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
     model, objective = config.model, config.stage.objective
     modules: dict[str, nn.Module]
     if objective is Objective.next_token:
-        thinker = compose(build_thinker(thinker_config(model, tokenizer, config.stage.yarn_factor), seed=config.seed))
+        stock = thinker_config(model, tokenizer, config.stage.yarn_factor)
+        thinker = compose(build_thinker(stock, seed=config.seed, embedding_std=model.text.embedding_std))
         trained = set(config.stage.components)
         if trained == {"llm"}:
             modules = {"llm": thinker.llm}

@@ -67,16 +67,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def patchify(image: np.ndarray, geometry: MediaGeometry) -> tuple[np.ndarray, tuple[int, int, int]]:
     """(patches float32 [h*w, 3*temporal*patch*patch], grid (1, h, w)) of an RGB picture uint8 [height, width, 3].
 
-    Bicubic resize to ``smart_resize``, values −1 … 1. Rows run over 2×2 blocks of patches (the ones that become one
-    token), row-major; within a row: channel, time (the same picture twice), y, x.
+    Bicubic resize to ``smart_resize``; the layout is that of ``patches_of`` with the same picture twice.
     """
     height, width = smart_resize(image.shape[0], image.shape[1], geometry)
     if image.shape[:2] != (height, width):
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    pair = np.broadcast_to(image, (geometry.temporal_patch_size, *image.shape))
+    grid = (1, height // geometry.patch_size, width // geometry.patch_size)
+    return patches_of(pair, grid, geometry), grid
+
+
+def patches_of(frames: np.ndarray, grid: tuple[int, int, int], geometry: MediaGeometry) -> np.ndarray:
+    """Patches float32 [t*h*w, patch_dim], −1 … 1, of frames uint8 [t * temporal, h * patch, w * patch, 3].
+
+    Rows run over time, then 2×2 blocks of patches (the ones that become one token), row-major; within a row: channel,
+    time, y, x.
+    """
+    t, h, w = grid
     size, merge, times = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size
-    grid_h, grid_w = height // size, width // size
-    blocks = image.reshape(grid_h // merge, merge, size, grid_w // merge, merge, size, 3)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid_h * grid_w, 3, 1, size * size)
-    patches = np.empty((grid_h * grid_w, 3, times, size * size), dtype=np.float32)
-    patches[:] = _NORMALISED[blocks]
-    return patches.reshape(grid_h * grid_w, geometry.patch_dim), (1, grid_h, grid_w)
+    blocks = frames.reshape(t, times, h // merge, merge, size, w // merge, merge, size, 3)
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, geometry.patch_dim)
+    return _NORMALISED[blocks]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from omni_train.data.contracts import MediaFacts
+from omni_train.data.image import patches_of
 from omni_train.data.media_tokens import (
     MIN_SAMPLES,
     SAMPLE_RATE_HZ,
@@ -93,19 +94,15 @@ def decode_sound(data: bytes, num_samples: int) -> np.ndarray:
 
 
 def patchify_frames(frames: np.ndarray, grid: tuple[int, int, int], geometry: MediaGeometry) -> np.ndarray:
-    """Patches float32 [t*h*w, patch_dim] of frames uint8 [t * temporal, height, width, 3].
+    """``patches_of`` frames uint8 [t * temporal, height, width, 3] of any size, resized to the grid.
 
-    Antialiased bicubic resize to the grid, values −1 … 1. Rows run over time, then 2×2 blocks of patches, row-major;
-    within a row: channel, time, y, x. Equal to stock's video processor on the same frames.
+    The resize is torch's antialiased bicubic on bytes, which torchvision's also is.
     """
-    t, h, w = grid
-    size, merge, times = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    if pixels.shape[2:] != (h * size, w * size):
-        pixels = F.interpolate(pixels, size=(h * size, w * size), mode="bicubic", antialias=True)
-    blocks = pixels.reshape(t, times, 3, h // merge, merge, size, w // merge, merge, size)
-    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, geometry.patch_dim)
-    return ((blocks.to(torch.float32) / 255 - 0.5) / 0.5).numpy()
+    size = (grid[1] * geometry.patch_size, grid[2] * geometry.patch_size)
+    if frames.shape[1:3] != size:
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        frames = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
+    return patches_of(frames, grid, geometry)
 
 
 def _frames_at(data: bytes, times: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ Every rank takes its share of the items; with expert parallelism they answer in 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.thinker import Thinker, compose
-from omni_train.models.weights import load_components
+from omni_train.models.weights import load_components, yarn_factor_of
 from omni_train.rollout.generate import greedy
 
 BATCH_TOKENS = 4096
@@ -38,7 +37,7 @@ THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder",
 
 @dataclass(slots=True)
 class Answers:
-    """(answer, reference) of every item of a task, and of its control: its first 300 items with another's media."""
+    """(answer, reference) of every item of a task, and of its control: items with another's media."""
 
     name: str
     pairs: list[tuple[str, str]]
@@ -53,9 +52,7 @@ class Answers:
 def load_frozen(config: RunConfig, folder: Path, ranks: Ranks, use_yarn: bool) -> tuple[Thinker, DataPipeline]:
     """The exported Thinker with the YaRN of its folder, experts sharded as the engine says, and its data pipeline."""
     data = DataPipeline.of(config)
-    description = json.loads((folder / "config.json").read_text())
-    rope = description.get("text_config", {}).get("rope_parameters") or {}
-    yarn = float(rope.get("factor", 1.0)) if use_yarn else 1.0
+    yarn = yarn_factor_of(folder) if use_yarn else 1.0
     thinker = compose(build_thinker(thinker_config(config.model, data.tokenizer, yarn), seed=0))
     load_components(thinker, folder, THINKER_COMPONENTS)
     module = build_engine(thinker, config.engine, config.stage, None, micro_batches=1)

@@ -92,3 +92,9 @@ def _hint(folder: Path) -> str:
     config = Path(folder) / "config.json"
     kind = json.loads(config.read_text()).get("model_type", "unknown") if config.exists() else "without a config.json"
     return f"it is a folder of model type '{kind}'"
+
+
+def yarn_factor_of(folder: Path) -> float:
+    """The YaRN factor that an exported Thinker was trained with; 1 without YaRN."""
+    description = json.loads((Path(folder) / "config.json").read_text())
+    return float((description.get("text_config", {}).get("rope_parameters") or {}).get("factor", 1.0))

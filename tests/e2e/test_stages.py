@@ -46,6 +46,9 @@ def test_every_stage_runs_and_hands_over(finished) -> None:
         assert f"[{number}/7] {stage}" in done.stdout
         records = [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
         assert records[-1]["step"] == 2, stage
+        assert (run_dir / stage / "checkpoints" / "step_00000002" / "COMMIT").exists(), (
+            "saved before the last evaluation"
+        )
     results = json.loads((run_dir / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]] == STAGES
     assert all(stage["loss"] for stage in results["stages"])

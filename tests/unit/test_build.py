@@ -68,6 +68,17 @@ def test_towers_start_at_one_over_the_square_root_of_fan_in(name, modules):
     assert seen > 10
 
 
+def test_the_llm_starts_at_fan_in_with_a_head_that_copies(tiny):
+    std = 0.3
+    thinker = build_thinker(thinker_config(tiny), seed=0, embedding_std=std)
+    embeddings, head = thinker.model.language_model.embed_tokens.weight, thinker.lm_head.weight
+    assert float(embeddings.std()) == pytest.approx(std, rel=0.02)
+    assert (head * tiny.text.hidden_size**0.5 - embeddings / std).abs().max() < 1e-5
+    layer = thinker.model.language_model.layers[0]
+    for weight in (layer.self_attn.q_proj.weight, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+        assert float(weight.std()) * weight.shape[-1] ** 0.5 == pytest.approx(1.0, rel=0.05)
+
+
 def test_a_seed_names_the_weights_and_leaves_the_global_generator_alone(tiny):
     def weights(seed):
         return dict(build_thinker(thinker_config(micro_model()), seed=seed).named_parameters())

@@ -16,6 +16,8 @@ from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.deepspeed import build_engine
 from omni_train.evaluation import capabilities
 from omni_train.evaluation.capabilities import answer_all, gather, score, swap_media
+from omni_train.models.build import thinker_config
+from omni_train.models.weights import yarn_factor_of
 from omni_train.stage import build_modules
 
 
@@ -44,6 +46,22 @@ def test_a_control_keeps_question_and_reference_and_takes_the_media_of_another()
         assert after.members["a.flac"] != before.members["a.flac"]
     assert {s.members["a.flac"] for s in swapped} == {s.members["a.flac"] for s in samples}
     assert [s.members for s in swap_media(samples)] == [s.members for s in swapped]
+
+
+def test_a_control_takes_media_of_the_same_kinds_only():
+    samples = [spoken(n, f"word {n}") for n in range(6)]
+    for sample in samples[::2]:
+        sample.members["b.flac"] = b"second " + sample.members["json"]
+    for before, after in zip(samples, swap_media(samples), strict=True):
+        assert set(after.members) == set(before.members)
+        assert after.members["a.flac"] != before.members["a.flac"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_yarn_is_read_from_the_export(tmp_path, factor):
+    config = run_config_in(Case(), tokenizer_folder())
+    thinker_config(config.model, load_tokenizer(tokenizer_folder()), factor).save_pretrained(tmp_path)
+    assert yarn_factor_of(tmp_path) == factor
 
 
 def answers(ranks: Ranks, folder: str, num_samples: int, world: int) -> list[tuple[str, str]]:
