@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import ConfigError, Objective, RunConfig
 from omni_train.data.contracts import Pack
-from omni_train.data.tokenizer import token_spelling
+from omni_train.data.tokenizer import media_token_ids, token_spelling
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
 from omni_train.models.build import build_decoder, build_encoder, build_thinker, thinker_config
@@ -62,14 +62,13 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
     else:
         kind = "audio" if objective is Objective.transcription else "vision"
         width = model.audio.d_model if kind == "audio" else model.vision.hidden_size
-        media_token = "<|audio_pad|>" if kind == "audio" else "<|image_pad|>"
         has_ctc = config.stage.ctc_weight > 0
         modules = {
             "aut" if kind == "audio" else "captioner": EncoderDecoder(
                 build_encoder(model, kind, seed=config.seed),
                 build_decoder(model, width, seed=config.seed + 1, has_ctc=has_ctc),
                 kind,
-                tokenizer.convert_tokens_to_ids(media_token),
+                media_token_ids(tokenizer, kind),
                 token_spelling(tokenizer, model.text.vocab_size) if has_ctc else None,
             )
         }

@@ -118,6 +118,12 @@ class TokenIds:
     eos: int
 
 
+def media_token_ids(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[int, ...]:
+    """Ids of the placeholders of what a tower of ``kind`` reads: audio, or pictures and videos."""
+    ids = token_ids(tokenizer)
+    return (ids.audio_pad,) if kind == "audio" else (ids.image_pad, ids.video_pad)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Qwen2Tokenizer:
     """A byte-level BPE over ``texts`` with Qwen's pre-tokenisation, saved as a `transformers` folder at ``out``.
 

@@ -24,7 +24,7 @@ from omni_train.config import (
 from omni_train.data.contracts import Sample
 from omni_train.data.encode import Encoder, collate
 from omni_train.data.pipeline import DataPipeline
-from omni_train.data.tokenizer import load_tokenizer
+from omni_train.data.tokenizer import load_tokenizer, media_token_ids
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.capabilities import MAX_NEW_TOKENS, Answers, gather, split_tasks
 from omni_train.models.build import build_decoder, build_encoder
@@ -47,7 +47,7 @@ def load_transcriber(folder: Path) -> tuple[EncoderDecoder, PreTrainedTokenizerB
         build_encoder(model, "audio", seed=0),
         build_decoder(model, model.audio.d_model, seed=0),
         "audio",
-        tokenizer.convert_tokens_to_ids("<|audio_pad|>"),
+        media_token_ids(tokenizer, "audio"),
     )
     load_components(transcriber, folder, {"audio_encoder", "audio_adapter", "aut_decoder"})
     return transcriber.eval(), tokenizer

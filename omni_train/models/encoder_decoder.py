@@ -1,4 +1,5 @@
-"""Sequence-to-sequence pretraining of an encoder: AuT (audio → transcript) and the captioner (picture → caption).
+"""Sequence-to-sequence pretraining of an encoder: AuT (audio → transcript) and the captioner (picture or video →
+caption).
 
     media ─ encoder ─▶ memory [D, S, E] ─┐
     prompt and answer tokens [D, L] ─────┴─ decoder with cross-attention ─▶ logits where a label is
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_train.data.contracts import IGNORE_INDEX, Pack
-from omni_train.models.towers import encode_audio, encode_vision, patch_width
+from omni_train.models.towers import encode_audio, encode_vision, patch_width, visual_inputs, visual_order
 
 
 def pad_rows(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -51,14 +52,15 @@ class EncoderDecoder(nn.Module):
         encoder: nn.Module,
         decoder: TextDecoder,
         kind: str,
-        media_token_id: int,
+        media_token_ids: tuple[int, ...],
         spelling: list[bytes] | None = None,
     ) -> None:
-        """``spelling``: the bytes of each token id (none for a control token), for the CTC head."""
+        """``media_token_ids``: of audio, or of pictures and videos. ``spelling``: the bytes of each token id, none for
+        a control token, for the CTC head."""
         super().__init__()
         self.kind = kind
         self.spelling = spelling
-        self.media_token_id = media_token_id
+        self.media_token_ids = media_token_ids
         if kind == "audio":
             self.audio_tower, self.audio_decoder = encoder, decoder
         else:
@@ -68,21 +70,28 @@ class EncoderDecoder(nn.Module):
     def text_decoder(self) -> TextDecoder:
         return self.audio_decoder if self.kind == "audio" else self.vision_decoder
 
+    def is_media(self, pack: Pack) -> Tensor:
+        """Mask [T] of the media placeholders."""
+        return torch.isin(pack.input_ids, torch.tensor(self.media_token_ids, device=pack.input_ids.device))
+
     def encode(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Encoder output by document: (memory [D, S, E], mask [D, S]). A document without media has an empty row."""
-        counts = self._per_document(pack, (pack.input_ids == self.media_token_id).long())
+        counts = self._per_document(pack, self.is_media(pack).long())
         if self.kind == "audio":
             hidden = encode_audio(self.audio_tower, pack.mel, pack.mel_lengths, pack.audio_window_sec)
         else:
-            hidden = encode_vision(self.visual, pack.pixel_values, pack.image_grid_thw).last_hidden_state
-            counts = [n * self.visual.spatial_merge_unit for n in counts]
+            unit = self.visual.spatial_merge_unit
+            order = visual_order(*(pack.input_ids == token for token in self.media_token_ids))
+            hidden = encode_vision(self.visual, *visual_inputs(pack)).last_hidden_state
+            hidden = hidden.unflatten(0, (-1, unit))[order].flatten(0, 1)
+            counts = [n * unit for n in counts]
         if sum(counts) != len(hidden):
             raise ValueError(f"a {self.kind} pack has {sum(counts)} media tokens for {len(hidden)} encoder outputs")
         return pad_rows(hidden, counts)
 
     def text_tokens(self, pack: Pack) -> tuple[Tensor, list[int]]:
         """(token ids of all documents without media placeholders [N], how many each document has)."""
-        is_text = pack.input_ids != self.media_token_id
+        is_text = ~self.is_media(pack)
         return pack.input_ids[is_text], self._per_document(pack, is_text.long())
 
     @staticmethod
@@ -105,7 +114,7 @@ class EncoderDecoder(nn.Module):
         memory, memory_mask = self.encode(pack)
         text, lengths = self.text_tokens(pack)
         ids, _ = pad_rows(text, lengths)
-        labels, is_token = pad_rows(pack.shift_labels[pack.input_ids != self.media_token_id], lengths)
+        labels, is_token = pad_rows(pack.shift_labels[~self.is_media(pack)], lengths)
         has_label = (labels != IGNORE_INDEX) & is_token
         hidden = self.decode(ids, memory, memory_mask)
         head = self.text_decoder.head
@@ -148,7 +157,9 @@ class EncoderDecoder(nn.Module):
             values["image_grid_thw"] = torch.tensor([[1, merge, merge]], device=device)
             patch_dim = patch_width(self.visual)
             values["pixel_values"] = torch.zeros(merge * merge, patch_dim, device=device)
-        ids = torch.tensor([self.media_token_id, 0, 0], device=device)
+            values["pixel_values_videos"] = torch.zeros(0, patch_dim, device=device)
+            values["video_grid_thw"] = torch.zeros(0, 3, dtype=torch.long, device=device)
+        ids = torch.tensor([self.media_token_ids[0], 0, 0], device=device)
         values["input_ids"] = ids
         values["shift_labels"] = torch.full_like(ids, IGNORE_INDEX)
         values["cu_seqlens"] = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)

@@ -18,7 +18,7 @@ from transformers import Cache
 from omni_train.data.contracts import IGNORE_INDEX, Pack
 from omni_train.models.attention import Segments
 from omni_train.models.moe import RouterTap, router_sums
-from omni_train.models.towers import MediaEmbeds, MediaTowers
+from omni_train.models.towers import MediaEmbeds, MediaTowers, visual_order
 
 
 class LanguageModel(nn.Module):
@@ -47,9 +47,7 @@ class LanguageModel(nn.Module):
                 f"a pack has {int(is_audio.sum())} audio and {int(is_visual.sum())} visual placeholders "
                 f"for {len(media.audio)} and {len(media.visual)} features"
             )
-        # Pictures come before videos among the features; put them in order of their positions.
-        rank = torch.where(is_image, is_image.cumsum(0) - 1, is_image.sum() + is_video.cumsum(0) - 1)
-        order = rank[is_visual]
+        order = visual_order(is_image, is_video)
         embeds = embeds.masked_scatter(is_audio[:, None], media.audio.to(embeds.dtype))
         embeds = embeds.masked_scatter(is_visual[:, None], media.visual[order].to(embeds.dtype))
         embeds = embeds + media.anchor.to(embeds.dtype)

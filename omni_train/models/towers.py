@@ -137,6 +137,18 @@ def encode_vision(visual: nn.Module, pixel_values: Tensor, grid_thw: Tensor):
     return visual(pixel_values, grid_thw=grid_thw, varlen=Segments.of(lengths, pixel_values.device))
 
 
+def visual_inputs(pack: Pack) -> tuple[Tensor, Tensor]:
+    """(patches [P, patch_dim], grids [n, 3]) of everything to see in a pack: pictures first, then videos."""
+    pixels = torch.cat([pack.pixel_values, pack.pixel_values_videos])
+    return pixels, torch.cat([pack.image_grid_thw, pack.video_grid_thw])
+
+
+def visual_order(is_image: Tensor, is_video: Tensor) -> Tensor:
+    """[V]: which of ``visual_inputs``' tokens stands at each visual position of a pack, from masks [T]."""
+    rank = torch.where(is_image, is_image.cumsum(0) - 1, is_image.sum() + is_video.cumsum(0) - 1)
+    return rank[is_image | is_video]
+
+
 def patch_width(visual: nn.Module) -> int:
     """Numbers in one patch. NOTE: not from the weight: touching a ZeRO-3 parameter gathers it, on this rank alone."""
     patches = visual.patch_embed
@@ -159,11 +171,9 @@ class MediaTowers(nn.Module):
             lengths, windows = torch.tensor([8]), torch.tensor([1])
         audio = adapt_audio(self.audio_tower, encode_audio(self.audio_tower, mel, lengths, windows))
 
-        grids = torch.cat([pack.image_grid_thw, pack.video_grid_thw])
+        pixels, grids = visual_inputs(pack)
         has_vision = len(grids) > 0
-        if has_vision:
-            pixels = torch.cat([pack.pixel_values, pack.pixel_values_videos])
-        else:
+        if not has_vision:
             merge = self.visual.spatial_merge_size
             width = patch_width(self.visual)
             grids = torch.tensor([[1, merge, merge]], device=device)

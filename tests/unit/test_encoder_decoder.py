@@ -150,8 +150,10 @@ def test_a_window_outside_of_what_aut_trains_with_is_refused(tmp_path):
 @pytest.mark.parametrize("objective", ["transcription", "captioning"])
 def test_a_pack_of_documents_equals_each_alone(objective):
     module, encoder = build(objective)
-    kind = {"transcription": ("audio", "short_audio", "audio"), "captioning": ("image", "image", "image")}[objective]
-    case = Case(kinds=kind, components=("llm",), documents_per_pack=3)
+    kind = {"transcription": ("audio", "short_audio", "audio"), "captioning": ("video", "image", "video", "image")}[
+        objective
+    ]
+    case = Case(kinds=kind, components=("llm",), documents_per_pack=len(kind))
     config = config_of(objective)
     found = documents(case, config, token_ids(encoder.tokenizer), 0)
     patch_dim = encoder.geometry.patch_dim
