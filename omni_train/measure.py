@@ -82,7 +82,7 @@ def measure(jobs: list[Job], split: str, run_dir: Path | None) -> None:
         if wanted.window_sec:
             answered = transcribe_tasks(job.config, job.folder, job.tasks, split, wanted.window_sec, ranks)
         else:
-            options = {"use_yarn": wanted.use_yarn, "with_control": not wanted.name}
+            options = {"use_yarn": wanted.use_yarn, "control": None if wanted.name else wanted.control}
             answered = answer_tasks(job.config, job.folder, job.tasks, split, ranks, **options)
         for task in answered:
             with_cer = "spoken" in task.name and "digit" not in task.name

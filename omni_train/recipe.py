@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, nearest
+from omni_train.config import ConfigError, Control, nearest
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +25,7 @@ class Measurement:
     name: str = ""
     use_yarn: bool = True
     window_sec: list[int] = field(default_factory=list)
+    control: Control = Control.media_swapped
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,6 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +159,7 @@ def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: P
     """Measure on local ranks what the recipe asks of a finished stage, unless that was done; the exit status."""
     from omni_train.launching.local import run_ranks
 
-    wanted = json.dumps([asdict(measurement) for measurement in stage.evaluate])
+    wanted = json.dumps([configuration.to_dict(measurement) for measurement in stage.evaluate])
     measured = run_dir / stage.stage / "measured.json"
     if not stage.evaluate or (measured.exists() and measured.read_text() == wanted):
         return 0

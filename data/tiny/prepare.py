@@ -24,7 +24,7 @@ from pathlib import Path
 
 import webdataset
 
-from data.tiny import pictures, tasks, texts, voices
+from data.tiny import pictures, tasks, texts, videos, voices
 
 PACKAGES = (
     "espeakng_loader",
@@ -36,8 +36,17 @@ PACKAGES = (
     "soundfile",
     "pillow",
     "webdataset",
+    "av",
 )
-SHARD_SAMPLES = {"long_audio": 100, "speech": 900, "mixed": 900, "audio_understanding": 900}
+SHARD_SAMPLES = {
+    "video": 900,
+    "video_audio": 900,
+    "long_video": 100,
+    "long_audio": 100,
+    "speech": 900,
+    "mixed": 900,
+    "audio_understanding": 900,
+}
 SHARD_SAMPLES_DEFAULT = 2000
 SHARD_BYTES = 1 << 40  # the number of samples ends a shard, so that its name is known before it is written
 
@@ -95,6 +104,8 @@ def make_media(spec: tasks.Media) -> tuple[bytes, float]:
             return pictures.render_picture(spec), 0.0
         case pictures.Digit():
             return pictures.render_digit(spec), 0.0
+        case videos.Video() | videos.Film():
+            return videos.render_video(spec)
     raise TypeError(f"no media from {type(spec).__name__}")
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from data.tiny import texts
 from data.tiny.pictures import BACKGROUNDS, CONCEPTS, DIGIT_ROWS, Digit, Picture, translations
+from data.tiny.videos import MOTIONS, Film, Video
 from data.tiny.voices import OTHER_LANGS, VARIANTS, Clip, Recording, english_voices, gender
 
 SPLITS = ("train", "validation", "heldout")
-Media = Clip | Recording | Picture | Digit
+Media = Clip | Recording | Picture | Digit | Video | Film
 
 SPEECH_LICENSE = "CC0-1.0"
 PICTURE_LICENSE = "CC-BY-SA-4.0"
@@ -38,7 +39,12 @@ NUM_SAMPLES = {
     "digit_sum": (14, 3, 6),  # times each pair
     "digit_sum_unseen": (0, 14, 34),  # times each pair
     "long_audio_find": (900, 200, 500),
-    "exercise_rounds": (1000, 25, 40),  # of 19 dialogues
+    "video_motion": (200, 20, 75),  # times each motion
+    "video_name": (10, 2, 14),  # times each concept
+    "video_audio": (25, 3, 7),  # times each concept, named by the voice and not
+    "video_said": (6, 2, 3),  # times each concept
+    "long_video_order": (200, 40, 100),
+    "exercise_rounds": (1000, 25, 40),  # of 26 dialogues
     "text_sum": (25, 1, 2),  # times each sum
     "stories": (600, 50, 100),
 }
@@ -46,6 +52,15 @@ NUM_SAMPLES = {
 
 UNSEEN_PAIRS = frozenset([(a, (3 * a + 1) % 10) for a in range(10)] + [(a, (7 * a + 4) % 10) for a in range(0, 10, 2)])
 """(seen digit, heard digit) whose sum is asked only in held-out and validation, as ``digit_sum_unseen``."""
+KINDS = {
+    Clip: ("audio", "flac"),
+    Recording: ("audio", "flac"),
+    Picture: ("image", "png"),
+    Digit: ("image", "png"),
+    Video: ("video", "mp4"),
+    Film: ("video", "mp4"),
+}
+"""Part type and file extension of each medium."""
 
 
 @dataclass(slots=True)
@@ -103,11 +118,14 @@ class Planner:
         parts, members = [], {}
         speakers = []
         for letter, spec in zip("ab", media, strict=False):
-            kind, extension = ("audio", "flac") if isinstance(spec, Clip | Recording) else ("image", "png")
+            kind, extension = KINDS[type(spec)]
             members[f"{letter}.{extension}"] = spec
             parts.append({"type": kind, kind: f"{letter}.{extension}"})
-            if kind == "audio":
-                speakers.append(spec.voice if isinstance(spec, Clip) else spec.clip.voice)
+            clip = spec if isinstance(spec, Clip) else getattr(spec, "clip", None)
+            if kind == "video":
+                parts[-1]["use_audio_in_video"] = clip is not None
+            if clip is not None:
+                speakers.append(clip.voice)
         messages = [
             {"role": "user", "content": [*parts, {"type": "text", "text": wording}]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
@@ -242,6 +260,48 @@ def plan_long_audio(plan: Planner) -> list[PlannedSample]:
     return samples
 
 
+def plan_video(plan: Planner) -> list[PlannedSample]:
+    """Which way a silent video moves, or that it grows, shrinks or turns; what it shows."""
+    samples = []
+    for _ in range(plan.begin("video_motion")):
+        for motion in MOTIONS:
+            video = Video(plan.rng.choice(CONCEPTS), motion, plan.media_seed())
+            samples.append(plan.sample("video_motion", "video_motion", motion, video, license=PICTURE_LICENSE))
+    for _ in range(plan.begin("video_name")):
+        for name in CONCEPTS:
+            video = Video(name, plan.rng.choice(MOTIONS), plan.media_seed())
+            samples.append(plan.sample("video_name", "picture_name", name, video, license=PICTURE_LICENSE))
+    return samples
+
+
+def plan_video_audio(plan: Planner) -> list[PlannedSample]:
+    """Whether the voice in a video names what it shows; the name that it says. Each name is as often right as wrong."""
+    samples = []
+    for _ in range(plan.begin("video_audio")):
+        shift = plan.rng.randint(1, len(CONCEPTS) - 1)
+        for number, seen in enumerate(CONCEPTS):
+            other = CONCEPTS[(number + shift) % len(CONCEPTS)]
+            for heard, answer in ((seen, "same"), (other, "different")):
+                video = Video(seen, plan.rng.choice(MOTIONS), plan.media_seed(), plan.clip(heard))
+                samples.append(plan.sample("video_audio", "same_or_different", answer, video, license=PICTURE_LICENSE))
+    for _ in range(plan.begin("video_said")):
+        for heard in CONCEPTS:
+            video = Video(plan.rng.choice(CONCEPTS), plan.rng.choice(MOTIONS), plan.media_seed(), plan.clip(heard))
+            samples.append(plan.sample("video_said", "audio_find", heard, video, license=PICTURE_LICENSE))
+    return samples
+
+
+def plan_long_video(plan: Planner) -> list[PlannedSample]:
+    """Films of four to six scenes: which concept comes first or last."""
+    samples = []
+    for number in range(plan.begin("long_video_order")):
+        concepts = plan.rng.sample(CONCEPTS, plan.rng.randint(4, 6))
+        film = Film(tuple(Video(name, plan.rng.choice(MOTIONS), plan.media_seed()) for name in concepts))
+        question, answer = (("comes_first", concepts[0]), ("comes_last", concepts[-1]))[number % 2]
+        samples.append(plan.sample("long_video_order", question, answer, film, license=PICTURE_LICENSE))
+    return samples
+
+
 def plan_dialogue(plan: Planner) -> list[PlannedSample]:
     """The media tasks and a few more in written form, and sums."""
     rounds, times = plan.begin("exercise_rounds"), plan.begin("text_sum")
@@ -269,6 +329,9 @@ SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "dialogue": plan_dialogue,
     "text": plan_text,
     "digits": plan_digits,
+    "video": plan_video,
+    "video_audio": plan_video_audio,
+    "long_video": plan_long_video,
 }
 
 

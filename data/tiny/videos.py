@@ -1,4 +1,5 @@
-"""Videos: one concept that moves, grows, shrinks or turns for a second and a half, as MP4 bytes, with a voice or not.
+"""Videos: one concept that moves, grows, shrinks or turns for a second and a half, as MP4 bytes, with a voice or not;
+and films of several such scenes.
 
 Every random choice comes from the video's own seed, as for pictures; the voice is a clip of ``voices``.
 """
@@ -35,10 +36,19 @@ class Video:
     clip: Clip | None = None
 
 
-def render_video(video: Video) -> tuple[bytes, float]:
-    """MP4 bytes (64×64, 8 frames a second, 1.5 s) and the seconds of its sound, which may be longer."""
-    frames = [np.asarray(frame) for frame in _frames(video)]
-    wave = wave_of(video.clip) if video.clip else np.zeros(0, np.float32)
+@dataclass(frozen=True, slots=True)
+class Film:
+    """Silent videos one after the other."""
+
+    scenes: tuple[Video, ...]
+
+
+def render_video(video: Video | Film) -> tuple[bytes, float]:
+    """MP4 bytes (64×64, 8 frames a second, 1.5 s a scene) and the seconds of its sound, which may be longer."""
+    scenes = video.scenes if isinstance(video, Film) else (video,)
+    frames = [np.asarray(frame) for scene in scenes for frame in _frames(scene)]
+    clip = scenes[0].clip
+    wave = wave_of(clip) if clip else np.zeros(0, np.float32)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=FPS)

@@ -58,6 +58,15 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Control(Enum):
+    """What a control hides from the model; its figure must then fall to chance."""
+
+    media_swapped = "media_swapped"  # all media are those of another item
+    sound_swapped = "sound_swapped"  # the sound alone, of a video or beside a picture, is another item's
+    frames_shuffled = "frames_shuffled"  # a video's frames in random order
+    frames_frozen = "frames_frozen"  # a video's first frame in place of all
+
+
 class Schedule(Enum):
     cosine = "cosine"
     linear = "linear"
@@ -286,6 +295,6 @@ def key_paths(schema: type, prefix: str = "") -> list[str]:
     return paths
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain JSON-able values (enums by name)."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration, or a part of one, as plain JSON-able values (enums by name)."""
     return asdict(config, dict_factory=lambda items: {k: v.name if isinstance(v, Enum) else v for k, v in items})

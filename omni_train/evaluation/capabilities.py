@@ -1,22 +1,20 @@
-"""Held-out capabilities of an exported Thinker by greedy generation, each beside a control with its media swapped.
+"""Held-out capabilities of an exported Thinker by greedy generation, each beside a control that cannot know.
 
 Every rank takes its share of the items; with expert parallelism they answer in lockstep.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jiwer
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from omni_train.config import ConfigError, RunConfig
+from omni_train.config import ConfigError, Control, RunConfig
 from omni_train.data.contracts import DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
 from omni_train.data.loader import PackReader
@@ -24,6 +22,7 @@ from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import parallel
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
+from omni_train.evaluation.controls import without_media, without_motion
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.thinker import Thinker, compose
 from omni_train.models.weights import load_components, yarn_factor_of
@@ -37,7 +36,7 @@ THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder",
 
 @dataclass(slots=True)
 class Answers:
-    """(answer, reference) of every item of a task, and of its control: items with another's media."""
+    """(answer, reference) of every item of a task, and of its control."""
 
     name: str
     pairs: list[tuple[str, str]]
@@ -83,26 +82,17 @@ def split_tasks(data: DataPipeline, tasks: dict[str, str], split: str) -> dict[s
     return found
 
 
-def swap_media(samples: list[Sample], seed: int = 0) -> list[Sample]:
-    """The same questions and references, each with the media of another item (a random rotation)."""
-    partner: dict[int, int] = {}
-    rng = np.random.default_rng(seed)
-    for names in sorted({tuple(sorted(sample.members)) for sample in samples}):  # only media of the same kinds
-        alike = np.array([n for n, sample in enumerate(samples) if tuple(sorted(sample.members)) == names])
-        order = rng.permutation(alike)
-        partner |= dict(zip(order, np.roll(order, 1), strict=True))
-    swapped = []
-    for number, sample in enumerate(samples):
-        other = copy.copy(sample)
-        media = {k: v for k, v in samples[partner[number]].members.items() if k != "json"}
-        other.members = {**media, "json": sample.members.get("json", b"")}
-        swapped.append(other)
-    return swapped
+def answer_all(
+    thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks: Ranks, control: Control | None = None
+) -> list[tuple[str, str]]:
+    """(answer, reference) of this rank's share of the samples, or of a control on them.
 
-
-def answer_all(thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks: Ranks) -> list[tuple[str, str]]:
-    """(answer, reference) of this rank's share of the samples. Collective: ranks run equally many batches."""
-    prompts = [encoder.prompt_and_answer(sample) for sample in samples[ranks.rank :: ranks.world]]
+    Collective: ranks run equally many batches.
+    """
+    mine = (without_media(samples, control) if control else samples)[ranks.rank :: ranks.world]
+    prompts = [encoder.prompt_and_answer(sample) for sample in mine]
+    if control:
+        prompts = [(without_motion(prompt, control, encoder.geometry), answer) for prompt, answer in prompts]
     filler = encoder.prompt_and_answer(samples[0])[0]  # for a rank that has run out of samples
     order = sorted(range(len(prompts)), key=lambda n: prompts[n][0].num_tokens)
     longest = max([filler.num_tokens, *(prompt.num_tokens for prompt, _ in prompts)])
@@ -152,12 +142,13 @@ def answer_tasks(
     ranks: Ranks,
     *,
     use_yarn: bool = True,
-    with_control: bool = True,
+    control: Control | None = None,
 ) -> Iterator[Answers]:
-    """Answers of an export to ``tasks`` ({task: source}) of a split, task by task. Collective."""
+    """Answers of an export to ``tasks`` ({task: source}) of a split, task by task, and of the control. Collective."""
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
     for task, samples in split_tasks(data, tasks, split).items():
         pairs = gather(answer_all(thinker, data.encoder, samples, ranks), ranks)
-        control = swap_media(samples)[:CONTROL_ITEMS] if with_control else []
-        swapped = gather(answer_all(thinker, data.encoder, control, ranks), ranks) if control else []
+        swapped = []
+        if control:
+            swapped = gather(answer_all(thinker, data.encoder, samples[:CONTROL_ITEMS], ranks, control), ranks)
         yield Answers(task, pairs, swapped)

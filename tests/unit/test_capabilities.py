@@ -15,7 +15,7 @@ from omni_train.data.pipeline import media_geometry
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.deepspeed import build_engine
 from omni_train.evaluation import capabilities
-from omni_train.evaluation.capabilities import answer_all, gather, score, swap_media
+from omni_train.evaluation.capabilities import answer_all, gather, score
 from omni_train.models.build import thinker_config
 from omni_train.models.weights import yarn_factor_of
 from omni_train.stage import build_modules
@@ -36,25 +36,6 @@ def test_score_by_hand():
     assert score(pairs, with_cer=False) == {"exact": 0.5}
     assert score(pairs, with_cer=True) == {"exact": 0.5, "cer": pytest.approx(2 / 14)}
     assert score([("", "cat")], with_cer=True) == {"exact": 0.0, "cer": pytest.approx(1.0)}
-
-
-def test_a_control_keeps_question_and_reference_and_takes_the_media_of_another():
-    samples = [spoken(n, f"word {n}") for n in range(7)]
-    swapped = swap_media(samples)
-    for before, after in zip(samples, swapped, strict=True):
-        assert after.content is before.content and after.members["json"] == before.members["json"]
-        assert after.members["a.flac"] != before.members["a.flac"]
-    assert {s.members["a.flac"] for s in swapped} == {s.members["a.flac"] for s in samples}
-    assert [s.members for s in swap_media(samples)] == [s.members for s in swapped]
-
-
-def test_a_control_takes_media_of_the_same_kinds_only():
-    samples = [spoken(n, f"word {n}") for n in range(6)]
-    for sample in samples[::2]:
-        sample.members["b.flac"] = b"second " + sample.members["json"]
-    for before, after in zip(samples, swap_media(samples), strict=True):
-        assert set(after.members) == set(before.members)
-        assert after.members["a.flac"] != before.members["a.flac"]
 
 
 @pytest.mark.parametrize("factor", [1.0, 4.0])
