@@ -77,6 +77,7 @@ class Trainer:
         self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
         self.guards = [GradientGuard(engine.module, ranks.device) for engine in self.stage.engines.values()]
         self.position = Position()
+        self.is_stopping = False
         self.fractions: Tensor | None = None  # [layers, experts], of the step before
         if self.stage.router_shape is not None:
             self.fractions = torch.full(self.stage.router_shape, 1.0 / self.stage.router_shape[1], device=ranks.device)
@@ -87,12 +88,13 @@ class Trainer:
         stage = self.config.stage
         return next_token_losses(output, self.stage.engine, self.fractions, stage.router_aux_coef, stage.ctc_weight)
 
-    def step(self, packs: list[Pack]) -> dict[str, Any]:
+    def step(self, packs: list[Pack], wants_stop: bool = False) -> dict[str, Any]:
         """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
 
-        Raises NonFiniteError on every rank, before the optimizer moves, when a loss or gradient is not finite.
+        ``wants_stop`` on one rank sets ``is_stopping`` on all. Raises NonFiniteError on every rank, before the
+        optimizer moves, when a loss or gradient is not finite.
         """
-        divisors = self._global_counts(packs)
+        divisors, samples, self.is_stopping = self._agree(packs, wants_stop)
         scale = learning_rate_scale(self.config.stage, self.position.tokens)
         for engine in self.stage.engines.values():
             set_learning_rates(engine, self.config.stage.components, scale)
@@ -110,38 +112,45 @@ class Trainer:
             if not is_finite or any(bool(guard.take()) for guard in self.guards):
                 bad.append(f"pack {number} of rank {self.ranks.rank}: {', '.join(pack.sample_ids)}")
             sums.add(losses)
-            if number == len(packs) - 1:
-                self._stop_if_not_finite(bad)
+            if number == len(packs) - 1 and sums.reduce(bool(bad)):
+                self._stop(bad)
             for engine in self.stage.engines.values():
                 engine.step()
-        return {**self._finish_step(sums, divisors, scale), "samples": self._sample_digest(packs)}
+        return {**self._finish_step(sums, divisors, scale), "samples": samples}
 
-    def _sample_digest(self, packs: list[Pack]) -> str:
-        """14 hex digits that name the set of the step's samples over all ranks: a sum of hashes, free of order."""
-        names = [name.encode() for pack in packs for name in pack.sample_ids]
-        hashes = [int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little") for name in names]
-        total = torch.tensor([sum(hashes) % 2**56], dtype=torch.int64, device=self.ranks.device)
-        return f"{int(parallel.sum_over_ranks(total)) % 2**56:014x}"
+    def _agree(self, packs: list[Pack], wants_stop: bool = False) -> tuple[dict[str, float], str, bool]:
+        """What all ranks know of a step before it, in one reduction: divisors, samples, whether one wants to stop.
 
-    def _global_counts(self, packs: list[Pack]) -> dict[str, float]:
-        """Divisors of the step: labels and tokens over all ranks and micro-batches (at least 1)."""
+        Divisors: labels and tokens over all ranks and micro-batches (at least 1). Samples: 14 hex digits that name
+        their set, a sum of hashes, free of order and of the split into ranks.
+        """
         local = [counts(pack) for pack in packs]
         names = list(local[0])
-        totals = torch.tensor([sum(c[n] for c in local) for n in names], dtype=torch.float64, device=self.ranks.device)
-        return dict(zip(names, parallel.sum_over_ranks(totals).clamp(min=1).tolist(), strict=True))
+        hashes = [
+            int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+            for pack in packs
+            for name in pack.sample_ids
+        ]
+        total = sum(hashes)
+        halves = [total % 2**28, (total >> 28) % 2**28]  # sums of such halves are exact in float64
+        values = [sum(c[n] for c in local) for n in names] + halves + [wants_stop]
+        *sums, low, high, stops = parallel.sum_over_ranks(
+            torch.tensor(values, dtype=torch.float64, device=self.ranks.device)
+        ).tolist()
+        digest = (int(low) + (int(high) << 28)) % 2**56
+        return {n: max(value, 1.0) for n, value in zip(names, sums, strict=True)}, f"{digest:014x}", stops > 0
 
-    def _stop_if_not_finite(self, bad: list[str]) -> None:
-        if parallel.any_rank(bool(bad), self.ranks.device):
-            found: list[list[str]] = [[] for _ in range(self.ranks.world)]
-            dist.all_gather_object(found, bad)
-            raise NonFiniteError(
-                f"step {self.position.step + 1}: loss or gradient is not finite, stopped before the optimizer step; "
-                f"{'; '.join(sum(found, []))}. Look at these samples, or lower the learning rate"
-            )
+    def _stop(self, bad: list[str]) -> None:
+        """Raises NonFiniteError with the bad packs of all ranks. Collective."""
+        found: list[list[str]] = [[] for _ in range(self.ranks.world)]
+        dist.all_gather_object(found, bad)
+        raise NonFiniteError(
+            f"step {self.position.step + 1}: loss or gradient is not finite, stopped before the optimizer step; "
+            f"{'; '.join(sum(found, []))}. Look at these samples, or lower the learning rate"
+        )
 
     def _finish_step(self, sums: StepSums, divisors: dict[str, float], scale: float) -> dict[str, Any]:
         """Advance the position and the router fractions; metrics of the step."""
-        sums.reduce()
         self.position.step += 1
         self.position.tokens += divisors["router"]
         metrics: dict[str, Any] = {"loss": sums.loss(), **sums.by_modality()}
@@ -219,13 +228,17 @@ class StepSums:
         if self.router_counts is not None:
             self.router_counts += losses.router_counts
 
-    def reduce(self) -> None:
-        """Sum over ranks."""
-        flat = torch.cat([self.modality.flatten(), self.router_loss[None]])
-        parallel.sum_over_ranks(flat)
-        self.modality, self.router_loss = flat[:-1].view_as(self.modality), flat[-1]
+    def reduce(self, flag: bool = False) -> bool:
+        """Sum over ranks, in one reduction; True on every rank when ``flag`` is true on one."""
+        parts = [self.modality, self.router_loss, torch.tensor(float(flag), device=self.modality.device)]
         if self.router_counts is not None:
-            parallel.sum_over_ranks(self.router_counts)
+            parts.append(self.router_counts)
+        flat = parallel.sum_over_ranks(torch.cat([part.double().flatten() for part in parts]))
+        modality, router_loss, flags, *rest = flat.split([part.numel() for part in parts])
+        self.modality, self.router_loss = modality.view_as(self.modality), router_loss[0]
+        if self.router_counts is not None:
+            self.router_counts = rest[0].view_as(self.router_counts).to(self.router_counts.dtype)
+        return bool(flags > 0)
 
     @property
     def router(self) -> float:
@@ -244,18 +257,15 @@ class StepSums:
 
 
 class StopSignal:
-    """Remembers TERM or USR1, so that the run saves at the end of a step and leaves; ranks agree by a reduction."""
+    """Remembers TERM or USR1, so that the run saves at the end of a step and leaves."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.seen, self.device = False, device
+    def __init__(self) -> None:
+        self.seen = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, *_: object) -> None:
         self.seen = True
-
-    def __bool__(self) -> bool:
-        return parallel.any_rank(self.seen, self.device)
 
 
 def train(config: RunConfig) -> None:
@@ -280,7 +290,7 @@ def train(config: RunConfig) -> None:
     writer.truncate_after(position.step)
     stage, total = config.stage, int(config.stage.total_tokens)
     progress = Progress(stage.name, total, done_tokens=int(position.tokens), enabled=ranks.is_main)
-    stop = StopSignal(ranks.device)
+    stop = StopSignal()
     while position.tokens < total:
         started = time.perf_counter()
         try:
@@ -288,7 +298,7 @@ def train(config: RunConfig) -> None:
         except OutOfData:
             break
         before = position.tokens
-        metrics = trainer.step(packs)
+        metrics = trainer.step(packs, stop.seen)
         if config.eval_every_steps and position.step % config.eval_every_steps == 0:
             metrics |= trainer.evaluate()
         seconds = time.perf_counter() - started
@@ -297,7 +307,7 @@ def train(config: RunConfig) -> None:
         record = {"step": position.step, "tokens": position.tokens, "tokens_per_second": tokens / seconds, **metrics}
         writer.log(record, position.step)
         progress.update(int(tokens), metrics)
-        if stop:
+        if trainer.is_stopping:
             trainer.save()
             raise SystemExit(85)
         if position.step % config.save_every_steps == 0:

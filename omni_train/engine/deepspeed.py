@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -91,18 +92,35 @@ def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: fl
 
 
 class GradientGuard:
-    """Notices non-finite gradients of trained parameters as they are made, before a reduction hides their origin."""
+    """Notices non-finite gradients of trained parameters as they are made, before a reduction hides their origin.
+
+    Looks at many at once: a look at each would be a tenth of a small model's backward.
+    """
+
+    WAITING_NUMBERS = 1 << 24  # gradients held back for a look, in numbers
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.waiting: list[torch.Tensor] = []
+        self.num_waiting = 0
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(self._look)
+                parameter.register_hook(self._note)
 
-    def _look(self, grad: torch.Tensor) -> None:
-        self.bad |= ~grad.sum().isfinite()  # one read; a sum of finite values that overflows is as bad
+    def _note(self, grad: torch.Tensor) -> None:
+        self.waiting.append(grad)
+        self.num_waiting += grad.numel()
+        if self.num_waiting >= self.WAITING_NUMBERS:
+            self._look()
+
+    def _look(self) -> None:
+        if self.waiting:
+            largest = torch._foreach_norm(self.waiting, math.inf)
+            self.bad |= ~torch.stack(largest).isfinite().all()
+            self.waiting, self.num_waiting = [], 0
 
     def take(self) -> torch.Tensor:
         """Whether a non-finite gradient was seen since the last call, as a bool tensor."""
+        self._look()
         seen, self.bad = self.bad, torch.zeros_like(self.bad)
         return seen
