@@ -213,7 +213,7 @@ def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
             raise ConfigError(f"--tasks, --yarn and --window-sec need one export folder, e.g. {folder}/STAGE/export")
         jobs = jobs_of_run(recipe, folder, options.stage, options.overrides)
     if not is_launched():
-        return run_ranks(arguments, jobs[0].config.engine.num_processes, jobs[0].config.engine.threads)
+        return run_ranks(arguments, jobs[0].config.engine)
     measure(jobs, options.split, folder if not is_export and options.split == "heldout" else None)
     return 0
 

@@ -107,7 +107,7 @@ def start_stage(config: RunConfig, arguments: list[str]) -> int:
     check_init(config)
     check_inputs(config)
     with held(Path(config.run_dir)):
-        return run_ranks(["train", *arguments], config.engine.num_processes, config.engine.threads)
+        return run_ranks(["train", *arguments], config.engine)
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: P
     if not stage.evaluate or (measured.exists() and measured.read_text() == wanted):
         return 0
     command = ["eval", str(run_dir), "--recipe", str(path), "--stage", stage.stage, *extra]
-    status = run_ranks(command, config.engine.num_processes, config.engine.threads)
+    status = run_ranks(command, config.engine)
     if not status:
         measured.write_text(wanted)
     return status

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import io
 import os
 from dataclasses import dataclass
 
@@ -56,8 +54,10 @@ def start(engine: EngineConfig) -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         import deepspeed
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that its shared-memory extension was built
-            deepspeed.init_distributed(backend, verbose=False)
+        # NOTE: DeepSpeed compiles this extension at the first start, for inference alone. A run killed meanwhile leaves
+        # a lock behind, for which all later runs wait without a word.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(backend, verbose=False)
     device = torch.device("cpu") if engine.device == "cpu" else torch.device("cuda", local_rank)
     return Ranks(rank, world, local_rank, device)
 

@@ -12,27 +12,27 @@ from pathlib import Path
 
 import pytest
 
+from omni_train.config import EngineConfig
 from omni_train.launching import local
-
-PRELUDE = """
-import os, sys, time, signal
-from omni_train.launching.local import prepare_rank, report_failure
-rank = int(os.environ['RANK'])
-prepare_rank()
-"""
 
 
 @pytest.fixture
 def rank_program(monkeypatch: pytest.MonkeyPatch):
-    """Makes run_ranks start this Python code in place of the command line."""
-    spawn = subprocess.Popen
+    """Makes run_ranks run this Python code in each rank in place of the command line."""
 
     def use(code: str) -> None:
-        monkeypatch.setattr(
-            local.subprocess, "Popen", lambda command, env: spawn([sys.executable, "-c", PRELUDE + code], env=env)
-        )
+        def run(command: list[str]) -> int:
+            local.prepare_rank()
+            exec(code, vars(local) | {"rank": int(os.environ["RANK"])})
+            return 0
+
+        monkeypatch.setattr(local, "run_command", run)
 
     return use
+
+
+def engine(num_processes: int, threads: int = 1) -> EngineConfig:
+    return EngineConfig(num_processes=num_processes, threads=threads)
 
 
 def test_every_rank_gets_its_place(rank_program, tmp_path: Path) -> None:
@@ -40,14 +40,14 @@ def test_every_rank_gets_its_place(rank_program, tmp_path: Path) -> None:
         "names = 'RANK LOCAL_RANK WORLD_SIZE OMP_NUM_THREADS MASTER_ADDR'\n"
         f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join(os.environ[n] for n in names.split()))"
     )
-    assert local.run_ranks([], 2, 3) == 0
+    assert local.run_ranks([], engine(2, threads=3)) == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 3 127.0.0.1", "1 1 2 3 127.0.0.1"]
 
 
 def test_a_failing_rank_ends_the_others_quickly_and_alone_is_heard(rank_program, capfd) -> None:
     rank_program("if rank == 1:\n    raise RuntimeError('the second rank broke')\ntime.sleep(60)")
     started = time.monotonic()
-    assert local.run_ranks([], 2, 1) == 1
+    assert local.run_ranks([], engine(2)) == 1
     assert time.monotonic() - started < 5.0
     error = capfd.readouterr().err
     assert error.count("RuntimeError: the second rank broke") == 1 and error.count("Traceback") == 1
@@ -58,13 +58,13 @@ def test_the_first_of_two_messages_is_the_one_that_is_printed(rank_program, capf
         "time.sleep(0.0 if rank == 1 else 0.3)\n"
         "report_failure(f'omni-train: error: cause {rank}')\ntime.sleep(0.0 if rank == 0 else 0.5)\nsys.exit(2)"
     )
-    assert local.run_ranks([], 2, 1) == 2
+    assert local.run_ranks([], engine(2)) == 2
     assert capfd.readouterr().err == "omni-train: error: cause 1\n"
 
 
 def test_a_killed_rank_is_named_and_not_its_peers_complaint(rank_program, capfd) -> None:
     rank_program("if rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
-    assert local.run_ranks([], 2, 1) == 128 + signal.SIGKILL
+    assert local.run_ranks([], engine(2)) == 128 + signal.SIGKILL
     assert capfd.readouterr().err.startswith("omni-train: error: rank 1 was ended by SIGKILL; the machine may")
 
 
@@ -74,7 +74,7 @@ def test_a_rank_that_does_not_listen_is_killed(rank_program, monkeypatch: pytest
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(0.5)\nif rank == 1:\n    sys.exit(3)\ntime.sleep(60)"
     )
     started = time.monotonic()
-    assert local.run_ranks([], 2, 1) == 3
+    assert local.run_ranks([], engine(2)) == 3
     assert time.monotonic() - started < 5.0
 
 
@@ -93,20 +93,17 @@ def test_a_stop_signal_reaches_all_ranks_and_their_status_is_kept(rank_program, 
         os.kill(os.getpid(), signal.SIGUSR1)
 
     threading.Thread(target=interrupt).start()
-    assert local.run_ranks([], 2, 1) == 85
+    assert local.run_ranks([], engine(2)) == 85
     assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped0", "stopped1"]
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_the_ranks_of_a_killed_starter_stop(tmp_path: Path) -> None:
-    rank = (
-        "import time\nfrom omni_train.launching.local import prepare_rank\nprepare_rank()\n"
-        f"open(r'{tmp_path}/up', 'w').close()\ntime.sleep(60)"
-    )
     starter = (
-        "import subprocess, sys\nfrom omni_train.launching import local\nspawn = subprocess.Popen\n"
-        f"local.subprocess.Popen = lambda command, env: spawn([sys.executable, '-c', {rank!r}], env=env)\n"
-        f"local.run_ranks([], 1, 1)"
+        "import time\nfrom omni_train.config import EngineConfig\nfrom omni_train.launching import local\n"
+        "def rank(command):\n"
+        f"    local.prepare_rank()\n    open(r'{tmp_path}/up', 'w').close()\n    time.sleep(60)\n"
+        "local.run_command = rank\nlocal.run_ranks([], EngineConfig(num_processes=1))"
     )
     process = subprocess.Popen([sys.executable, "-c", starter])
     while not (tmp_path / "up").exists():

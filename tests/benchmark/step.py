@@ -1,0 +1,272 @@
+"""How fast a training step is, loader included, beside a bare PyTorch loop and beside transformers' Trainer.
+
+    PYTHONPATH=. python tests/benchmark/step.py [--stage s2_general] [--steps 20] [--rounds 3] [overrides ...]
+    PYTHONPATH=. python tests/benchmark/step.py --ranks 2 [overrides ...]
+
+All three read, decode and train on the same documents in the same order: ours and the bare loop as packs, Trainer as
+one padded batch of a step's documents. They take turns, a few steps each, so that what else runs on the machine falls
+on all; what is printed are ratios of useful tokens (padding does not count) a second. ``--ranks 2`` instead compares
+one rank with two ranks and expert parallelism 2 on the same plan. The corpus must be there (``make corpus``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from omni_train import config as configuration
+from omni_train.config import RunConfig
+from omni_train.data.contracts import IGNORE_INDEX, Document, PackPlan
+from omni_train.data.pipeline import DataPipeline
+
+STEP_OF_RANK = "OMNI_TRAIN_BENCHMARK_RANK"
+
+
+def histogram(lengths: list[int]) -> str:
+    """Documents by length in tokens, in powers of two."""
+    found = Counter(1 << (length - 1).bit_length() for length in lengths)
+    return "  ".join(f"≤{size}: {found[size]}" for size in sorted(found))
+
+
+class Ours:
+    """The real loop: loader, objective, engine."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from omni_train.engine import parallel
+        from omni_train.train import Trainer
+
+        self.trainer = Trainer(config, parallel.start(config.engine))
+
+    def step(self) -> list[str]:
+        packs = self.trainer.loader.next_step()
+        self.trainer.step(packs)
+        return [name for pack in packs for name in pack.sample_ids]
+
+
+class Bare:
+    """What one would write by hand: forward, summed loss over the labels, backward, clipping, AdamW."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from omni_train.stage import build_modules
+
+        self.data = DataPipeline.of(config)
+        self.loader = self.data.loader(0, 1)
+        (self.module,) = build_modules(config, self.data.tokenizer).values()
+        self.coefficient = config.stage.router_aux_coef
+        self.experts = config.model.text.num_experts
+        self.clip = config.stage.grad_clip
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.module.parameters() if p.requires_grad], lr=1e-3, betas=tuple(config.stage.betas)
+        )
+
+    def step(self) -> list[str]:
+        packs = self.loader.next_step()
+        labels = sum(int((pack.shift_labels != IGNORE_INDEX).sum()) for pack in packs)
+        tokens = sum(pack.num_tokens for pack in packs)
+        for pack in packs:
+            output = self.module(pack)
+            loss = nn.functional.cross_entropy(output["logits"].float(), output["labels"], reduction="sum") / labels
+            balance = self.experts * (output["router_probabilities"] / self.experts).sum() / tokens
+            (loss + self.coefficient * balance).backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return [name for pack in packs for name in pack.sample_ids]
+
+
+class Documents(torch.utils.data.Dataset):
+    """The documents of each step, read and encoded when asked for, as a map-style dataset."""
+
+    def __init__(self, data: DataPipeline, plans: list[list[PackPlan]], config: RunConfig) -> None:
+        self.plans, self.encoder = plans, data.encoder
+        shards = {name: data.indexed(source.shards) for name, source in config.mixture.items()}
+        from omni_train.data.loader import PackReader
+
+        self.reader = PackReader(shards)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __getitem__(self, step: int) -> list[Document]:
+        return [
+            self.encoder.encode(self.reader.read(planned), planned.start, planned.stop)
+            for plan in self.plans[step]
+            for planned in plan.documents
+        ]
+
+
+def padded(steps: list[list[Document]]) -> dict[str, torch.Tensor]:
+    """One batch of a step's documents as stock's processor would pad it."""
+    (documents,) = steps
+    rows = [torch.from_numpy(document.input_ids) for document in documents]
+    labels = [torch.from_numpy(document.labels) for document in documents]
+    pad = nn.utils.rnn.pad_sequence
+    batch = {
+        "input_ids": pad(rows, batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        "attention_mask": pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True),
+    }
+    mels = [torch.from_numpy(mel).T for document in documents for mel in document.mels]
+    if mels:
+        batch["input_features"] = pad(mels, batch_first=True).transpose(1, 2).contiguous()
+        batch["feature_attention_mask"] = pad(
+            [torch.ones(len(mel), dtype=torch.long) for mel in mels], batch_first=True
+        )
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        patches = [torch.from_numpy(p) for document in documents for p in getattr(document, f"{kind}_patches")]
+        if patches:
+            grids = [grid for document in documents for grid in getattr(document, f"{kind}_grids")]
+            batch |= {name: torch.cat(patches), f"{kind}_grid_thw": torch.tensor(grids)}
+    seconds = [value for document in documents for value in document.video_seconds_per_grid]
+    return batch | ({"video_second_per_grid": torch.tensor(seconds)} if seconds else {})
+
+
+def stock_seconds(config: RunConfig, plans: list[list[PackPlan]]) -> list[float]:
+    """Seconds of each step but the first of transformers' Trainer with the stock Thinker on these documents."""
+    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+
+    from omni_train.models.build import thinker_config
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, *args, **kwargs) -> None:
+            self.times.append(time.perf_counter())
+
+    data = DataPipeline.of(config)
+    model = Qwen3OmniMoeThinkerForConditionalGeneration(thinker_config(config.model, data.tokenizer))
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            per_device_train_batch_size=1,
+            max_steps=len(plans),
+            learning_rate=1e-3,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+        )
+        trainer = Trainer(model, arguments, data_collator=padded, train_dataset=Documents(data, plans, config))
+        trainer.add_callback(clock)
+        trainer.train()
+    return [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+
+
+def turns(config: RunConfig, num_steps: int, num_rounds: int) -> None:
+    """Ours, the bare loop and Trainer by turns on the same plan."""
+    planner = DataPipeline.of(config).loader(0, 1).planner
+    steps = [planner.next_step() for _ in range(2 + num_steps * num_rounds)]
+    lengths = [document.num_tokens for plans in steps for plan in plans for document in plan.documents]
+    print(f"{len(steps)} steps, {len(lengths)} documents, {sum(lengths):,} tokens; by length: {histogram(lengths)}")
+    ours, bare = Ours(config), Bare(config)
+    for _ in range(2):  # warm up
+        assert ours.step() == bare.step(), "the loops must see the same documents"
+    by_round: list[dict[str, float]] = []
+    for number in range(num_rounds):
+        at = 2 + number * num_steps
+        tokens = sum(d.num_tokens for plans in steps[at : at + num_steps] for plan in plans for d in plan.documents)
+        seconds = {"ours": 0.0, "bare": 0.0}
+        for _ in range(num_steps):
+            for name, loop in (("ours", ours), ("bare", bare)):
+                started = time.perf_counter()
+                loop.step()
+                seconds[name] += time.perf_counter() - started
+        seconds["stock"] = sum(stock_seconds(config, steps[at - 1 : at + num_steps]))
+        by_round.append(seconds)
+        print("  " + ", ".join(f"{name} {tokens / value:,.0f} tokens/s" for name, value in seconds.items()), flush=True)
+    step_ratio = statistics.median(s["ours"] / s["bare"] for s in by_round)
+    stock_ratio = statistics.median(s["stock"] / s["ours"] for s in by_round)
+    print(f"our step / bare loop {step_ratio:.3f}; our useful tokens/s / transformers' Trainer {stock_ratio:.2f}")
+
+
+def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: int, num_rounds: int) -> None:
+    """One rank and ``num_ranks`` with expert parallelism over them, by turns, each run in fresh processes."""
+    ratios = []
+    for _ in range(num_rounds):
+        rates = {}
+        for world in (1, num_ranks):
+            own = [*overrides, f"engine.num_processes={world}", f"engine.expert_parallel={world}"]
+            rates[world] = _rate(stage, own, world, num_steps)
+        ratios.append(rates[num_ranks] / rates[1])
+        print("  " + ", ".join(f"{world} ranks {rate:,.0f} tokens/s" for world, rate in rates.items()), flush=True)
+    print(f"{num_ranks} ranks with expert parallelism {num_ranks} / one rank {statistics.median(ratios):.2f}")
+
+
+def _rate(stage: str, overrides: list[str], world: int, num_steps: int) -> float:
+    from omni_train.launching.local import free_port
+
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    command = [sys.executable, __file__, "--stage", stage, "--steps", str(num_steps), *overrides]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank), STEP_OF_RANK: "1"},
+            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+        )
+        for rank in range(world)
+    ]
+    output, _ = processes[0].communicate()
+    if any(process.wait() for process in processes):
+        raise RuntimeError("a rank failed")
+    return float(json.loads(output.splitlines()[-1])["tokens_per_second"])
+
+
+def as_rank(config: RunConfig, num_steps: int) -> None:
+    """One rank of ``ranks_in_turn``: its rate as a JSON line."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        ours = Ours(config)
+    for _ in range(4):
+        ours.step()
+    before, started = ours.trainer.position.tokens, time.perf_counter()
+    for _ in range(num_steps):
+        ours.step()
+    rate = (ours.trainer.position.tokens - before) / (time.perf_counter() - started)
+    print(json.dumps({"tokens_per_second": rate}), flush=True)
+    os._exit(0)  # nothing to save; the peers may have left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", default="s2_general")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("overrides", nargs="*", help="e.g. model=small stage.context=2048")
+    options = parser.parse_args()
+    is_rank = STEP_OF_RANK in os.environ
+    single = [] if is_rank else ["engine=cpu1"]
+    run_dir = Path(tempfile.gettempdir()) / "omni-train-benchmark" / options.stage
+    own = [*single, f"run_dir={run_dir}", "wandb_mode=disabled", *options.overrides]
+    config = configuration.load(options.stage, own)
+    if is_rank:
+        return as_rank(config, options.steps)
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {options.stage} {own}"
+    )
+    if options.ranks > 1:
+        return ranks_in_turn(options.stage, own, options.ranks, options.steps, options.rounds)
+    torch.set_num_threads(config.engine.threads)
+    return turns(config, options.steps, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
