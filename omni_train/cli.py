@@ -26,7 +26,7 @@ EPILOG = """examples:
 TRAIN_EPILOG = """examples:
   omni-train train s2_general                              on the tiny model, two CPU ranks, expert parallelism 2
   omni-train train s2_general engine=cpu1 stage.context=1024 run_dir=runs/mine
-  omni-train train s2_general mixture.text.weight=0.3 '+mixture.more={shards: [more/*.tar], weight: 0.1}'
+  omni-train train s2_general mixture.text.weight=0.3 '+mixture.more={shards: [laion/*.tar], weight: 1, layout: pairs}'
   omni-train train s1_encoders '~stage.components.audio_adapter' +init.all=runs/tiny/s1_adapters/export
   torchrun --nproc-per-node 8 -m omni_train.cli train s2_general model=small engine=zero1_ep8
 
@@ -50,6 +50,29 @@ EVAL_EPILOG = """examples:
   omni-train eval runs/tiny/s3_long_context/export --tasks long_audio_find --yarn off
   omni-train eval runs/tiny/aut_pretrain/export --window-sec 1 2 4 8   AuT transcribes with its own decoder
 """
+
+LAYOUT_EPILOG = """Layouts of a sample:
+  messages  KEY.json with "messages" or "text", and the media members that it names (the default)
+  pairs     one medium (jpg png webp, flac wav mp3 ogg, mp4) and its text: KEY.txt, or a field of KEY.json
+  text      one text: KEY.txt, or a field of KEY.json
+
+A source of a mixture sets the same values: {shards: [laion/*.tar], weight: 1, layout: pairs, prompt: "What is shown?"}.
+Each set of values has its own index: SHARD.idx for messages, SHARD.LAYOUT-HASH.idx for the others. Training writes
+what is missing by itself.
+"""
+
+INDEX_EPILOG = f"""examples:
+  omni-train data index .cache/corpus/tiny/current --tokenizer .cache/corpus/tiny/current/tokenizer
+  omni-train data index laion --tokenizer TOKENIZER --layout pairs                       as img2dataset writes them
+  omni-train data index asr --tokenizer TOKENIZER --layout pairs --text-field transcript --prompt "What is said?"
+
+{LAYOUT_EPILOG}"""
+
+CHECK_EPILOG = f"""examples:
+  omni-train data check .cache/corpus/tiny/current
+  omni-train data check laion --layout pairs                                             the index of these values
+
+{LAYOUT_EPILOG}"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,11 +125,17 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("name", help="a folder of data/, e.g. tiny")
     prepare.add_argument("--out", help="default .cache/corpus/NAME")
     prepare.add_argument("--vocab-size", type=int, default=1280)
-    index = actions.add_parser("index", help="write the index beside every shard of a folder")
-    index.add_argument("folder")
+    what = "write the index beside every shard of a folder"
+    index = actions.add_parser("index", help=what, description=what, epilog=INDEX_EPILOG, formatter_class=raw)
     index.add_argument("--tokenizer", required=True, help="a transformers folder")
-    check = actions.add_parser("check", help="read every shard strictly and compare it with its index")
-    check.add_argument("folder")
+    what = "read every shard strictly and compare it with its index"
+    check = actions.add_parser("check", help=what, description=what, epilog=CHECK_EPILOG, formatter_class=raw)
+    for action in (index, check):
+        action.add_argument("folder", help="its *.tar files are the shards, those of folders below it too")
+        action.add_argument("--layout", default="messages", help="messages (default), pairs or text")
+        action.add_argument("--prompt", default="", help="pairs: what the user says after the medium (default nothing)")
+        action.add_argument("--text-field", default="", help="the json field with the text (default KEY.txt if there)")
+        action.add_argument("--use-audio-in-video", action="store_true", help="pairs: a video's sound is heard too")
     return root
 
 
@@ -247,15 +276,22 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
         prepare_corpus(options.name, Path(options.out or f".cache/corpus/{options.name}"), options.vocab_size)
         return 0
     from omni_train.data.index import check_shard, expand
+    from omni_train.data.layouts import layout_id
 
+    layout = configuration.LayoutConfig(
+        layout=options.layout,
+        prompt=options.prompt,
+        text_field=options.text_field,
+        use_audio_in_video=options.use_audio_in_video,
+    )
     shards = expand([f"{options.folder}/**/*.tar"])
     if options.action == "index":
         from omni_train.corpus import index_shards
 
-        index_shards(shards, Path(options.tokenizer))
+        index_shards(shards, Path(options.tokenizer), layout)
         print(f"{len(shards)} shards indexed")
     else:
-        samples = sum(check_shard(shard).num_samples for shard in shards)
+        samples = sum(check_shard(shard, layout_id(layout)).num_samples for shard in shards)
         print(f"{len(shards)} shards, {samples:,} samples: whole and as indexed")
     return 0
 

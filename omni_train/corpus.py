@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni_train.config import CONF_DIR, ConfigError, nearest
+from omni_train.config import CONF_DIR, ConfigError, LayoutConfig, nearest
 
 
 def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) -> Path:
@@ -36,7 +36,7 @@ def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) ->
     if not (tokenizer / "tokenizer.json").exists():
         texts = (folder / "tokenizer_texts.txt").read_text(encoding="utf-8").splitlines()
         train_tokenizer(texts, vocab_size, tokenizer)
-    index_shards(expand([f"{folder}/*/*/*.tar"]), tokenizer)
+    index_shards(expand([f"{folder}/*/*/*.tar"]), tokenizer, LayoutConfig())
     link, temporary = out / "current", out / f"current.{os.getpid()}"
     temporary.symlink_to(folder.name)
     temporary.replace(link)
@@ -44,10 +44,12 @@ def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) ->
     return folder
 
 
-def index_shards(shards: Sequence[str | Path], tokenizer: Path) -> None:
+def index_shards(shards: Sequence[str | Path], tokenizer: Path, layout: LayoutConfig) -> None:
     """Write the missing and stale indexes of shards. Raises DataError naming shard, sample, byte and fix on damage."""
     from omni_train.data.chatml import Describe
     from omni_train.data.index import ensure_index
+    from omni_train.data.layouts import layout_id
     from omni_train.data.tokenizer import fingerprint, load_tokenizer
 
-    ensure_index(shards, Describe(tokenizer), fingerprint(load_tokenizer(tokenizer)), jobs=os.cpu_count() or 1)
+    made_with = fingerprint(load_tokenizer(tokenizer))
+    ensure_index(shards, Describe(tokenizer, layout), made_with, os.cpu_count() or 1, layout_id(layout))

@@ -70,23 +70,27 @@ def check_unchanged(config: RunConfig) -> None:
 def check_inputs(config: RunConfig) -> None:
     """Fail before any process starts when data that the run needs is missing or damaged; write missing indexes."""
     from omni_train.data.index import expand, load_index
+    from omni_train.data.layouts import layout_id
     from omni_train.data.shard import DataError
 
     root = Path(config.data.root)
     if not root.exists():
         raise ConfigError(f"data.root '{root}' does not exist; make a small one: `omni-train data prepare tiny`")
-    patterns = [pattern for source in config.mixture.values() for pattern in source.shards]
-    patterns += [pattern for group in config.validation.values() for pattern in group]
-    shards = expand([pattern if "://" in pattern else str(root / pattern) for pattern in patterns])
+    sources = [*config.mixture.values(), *config.validation.values()]
+    found = [
+        expand([pattern if "://" in pattern else str(root / pattern) for pattern in source.shards])
+        for source in sources
+    ]
     if not Path(config.data.tokenizer).is_dir():
         raise ConfigError(f"data.tokenizer '{config.data.tokenizer}' is no folder; give a Qwen3-Omni tokenizer folder")
-    try:
-        for shard in shards:
-            load_index(shard)
-    except DataError:  # missing or stale: only then are the heavy imports worth their seconds
-        from omni_train.corpus import index_shards
+    for source, shards in zip(sources, found, strict=True):
+        try:
+            for shard in shards:
+                load_index(shard, layout=layout_id(source))
+        except DataError:  # missing or stale: only then are the heavy imports worth their seconds
+            from omni_train.corpus import index_shards
 
-        index_shards(shards, Path(config.data.tokenizer))
+            index_shards(shards, Path(config.data.tokenizer), source)
 
 
 def check_init(config: RunConfig) -> None:

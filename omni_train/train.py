@@ -169,9 +169,9 @@ class Trainer:
         metrics: dict[str, float] = {}
         for engine in (*self.stage.engines.values(), *self.stage.frozen.values()):
             engine.eval()
-        for name, patterns in self.config.validation.items():
-            plans = self.data.validation_packs(name, patterns, self.config.eval_tokens)
-            builder = self.data.validation_builder(name, patterns)
+        for name, source in self.config.validation.items():
+            plans = self.data.validation_packs(name, source, self.config.eval_tokens)
+            builder = self.data.validation_builder(name, source)
             found = heldout_losses(self.stage.forward, plans, builder, self.data.dummy, self.ranks)
             metrics |= {f"eval/{key.split('/')[0]}/{name}": value for key, value in found.items()}
         for engine in (*self.stage.engines.values(), *self.stage.frozen.values()):

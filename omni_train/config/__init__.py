@@ -132,11 +132,46 @@ class StageConfig:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
 
 
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "messages": (),
+    "pairs": ("prompt", "text_field", "use_audio_in_video"),
+    "text": ("text_field",),
+}
+"""What a sample can look like (omni_train/data/layouts.py), and which settings of LayoutConfig each layout reads."""
+
+
 @dataclass(kw_only=True, slots=True)
-class SourceConfig:
-    """One source of a mixture: shard globs or brace patterns (relative to data.root), its weight in tokens."""
+class LayoutConfig:
+    """What the samples of a source look like: messages (our own), pairs (a medium and its text) or text."""
+
+    layout: str = "messages"
+    prompt: str = ""  # pairs: what the user says after the medium; "" says nothing
+    text_field: str = ""  # pairs, text: the json field with the text; "" reads KEY.txt, else the json's text or caption
+    use_audio_in_video: bool = False  # pairs: the sound of a video is heard too
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"a source's layout '{self.layout}' is unknown; {nearest(self.layout, LAYOUTS)}")
+        for name in ("prompt", "text_field", "use_audio_in_video"):
+            if getattr(self, name) and name not in LAYOUTS[self.layout]:
+                readers = " or ".join(layout for layout, settings in LAYOUTS.items() if name in settings)
+                raise ConfigError(
+                    f"a source's {name} ({getattr(self, name)!r}) has no effect on layout {self.layout}; "
+                    f"leave it out, or set layout to {readers}"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardsConfig(LayoutConfig):
+    """Shard globs or brace patterns (relative to data.root), and what their samples look like."""
 
     shards: list[str]
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig(ShardsConfig):
+    """One source of a mixture, its weight in tokens."""
+
     weight: float
     max_epochs: float | None = None
 
@@ -196,7 +231,7 @@ class RunConfig:
     data: DataConfig
     engine: EngineConfig
     run_dir: str
-    validation: dict[str, list[str]] = field(default_factory=dict)  # modality-named sources for the held-out loss
+    validation: dict[str, ShardsConfig] = field(default_factory=dict)  # modality-named sources for the held-out loss
     init: dict[str, str] = field(default_factory=dict)  # component → local transformers folder ("all" for every one)
     seed: int = 0
     save_every_steps: int = 200
@@ -243,16 +278,21 @@ def load(stage: str, overrides: list[str]) -> RunConfig:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
 
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()
     # NOTE: Hydra assigns a new entry of a typed dict as a plain one, which OmegaConf refuses; a merge types it.
-    added = [override[1:] for override in overrides if re.match(r"\+(mixture|stage\.components)\.", override)]
+    is_added = re.compile(r"\+(mixture|validation|stage\.components)\.").match
+    added = [override[1:] for override in overrides if is_added(override)]
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = compose(stage, [override for override in overrides if override[1:] not in added])
         OmegaConf.set_struct(composed, False)
         return OmegaConf.to_object(OmegaConf.merge(composed, OmegaConf.from_dotlist(added)))  # type: ignore[return-value]
+    except MarkedYAMLError as error:
+        where = error.problem_mark.get_snippet(indent=0).splitlines()[0] if error.problem_mark else "+mixture…"
+        raise ConfigError(f"{where}: {error.problem}; put texts in quotes, as in prompt: 'what?'") from error
     except (HydraException, OmegaConfBaseException, ValueError, AttributeError) as error:
         raise ConfigError(explain(error)) from error
 

@@ -10,7 +10,6 @@ and the tokens of all pieces joined are the tokens of that text: pieces are cut 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from omni_train.config import LayoutConfig
 from omni_train.data.audio import audio_facts
 from omni_train.data.contracts import MediaFacts
 from omni_train.data.image import image_facts
+from omni_train.data.layouts import MESSAGES, read_content
 from omni_train.data.tokenizer import (
     AUDIO_END,
     AUDIO_PAD,
@@ -262,37 +263,22 @@ def check_members(content: dict[str, Any], members: dict[str, bytes]) -> None:
 
 
 class Describe:
-    """``describe`` with its tokenizer, as the indexer's worker processes need it: picklable, loads the tokenizer on
-    first use."""
+    """``describe`` with its tokenizer and layout, as the indexer's worker processes need it: picklable, loads the
+    tokenizer on first use."""
 
-    def __init__(self, tokenizer_folder: str | Path) -> None:
+    def __init__(self, tokenizer_folder: str | Path, layout: LayoutConfig = MESSAGES) -> None:
         self.tokenizer_folder = str(tokenizer_folder)
+        self.layout = layout
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"tokenizer_folder": self.tokenizer_folder}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(state["tokenizer_folder"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Describe], tuple[str, LayoutConfig]]:
+        return Describe, (self.tokenizer_folder, self.layout)
 
     def __call__(self, key: str, members: dict[str, bytes]) -> tuple[int, list[MediaFacts]]:
         """(number of text tokens, media facts) of sample ``key``. Raises ValueError naming the key."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_folder)
         try:
-            return describe(parse_content(members), members, self._tokenizer)
+            return describe(read_content(members, self.layout), members, self._tokenizer)
         except ValueError as error:
             raise ValueError(f"sample {key}: {error}") from error
-
-
-def parse_content(members: dict[str, bytes]) -> dict[str, Any]:
-    """The parsed ``KEY.json`` of a sample. Raises ValueError if it is missing or no object."""
-    if "json" not in members:
-        raise ValueError(f"the sample has no json member; it has {', '.join(sorted(members)) or 'none'}")
-    try:
-        content = json.loads(members["json"])
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"its json member cannot be parsed: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"its json member holds a {type(content).__name__}; it must be an object")
-    return content

@@ -2,7 +2,7 @@
 
     tar shards ──index──▶ SampleFacts ──planner──▶ PackPlan ──reader──▶ Sample ──encode──▶ Document ──collate──▶ Pack
 
-Names: a *sample* is what lies in a shard (``KEY.json`` and its media members), a *document* is an encoded sample (or a
+Names: a *sample* is what lies in a shard (the members of a key), a *document* is an encoded sample (or a
 token range of a long text), a *pack* is one training sequence of whole documents. Everything before ``Sample`` is
 metadata only.
 """
@@ -59,8 +59,8 @@ class SampleFacts:
 class Sample:
     """One sample read from a shard, undecoded. ``members`` maps an extension ("json", "a.flac") to raw bytes.
 
-    ``content`` is the parsed ``KEY.json`` (see data/README.md): ``messages`` or ``text``, optional ``task, lang,
-    speaker, license``.
+    ``content`` is what they say by the layout of the source (see data/README.md): ``messages`` or ``text``, optional
+    ``task, lang, speaker, license``.
     """
 
     source: str

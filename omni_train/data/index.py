@@ -48,9 +48,12 @@ class ShardIndex:
         return len(self.samples)
 
 
-def index_path(shard: str | Path) -> str:
-    """Where the index of a shard lies: its own path with ``.idx`` added."""
-    return f"{shard}.idx"
+def index_path(shard: str | Path, layout: str = "") -> str:
+    """Where the index of a shard lies: its own path with ``.idx`` added, or ``.LAYOUT.idx``.
+
+    ``layout`` is the ``layout_id`` of the source: sources that read a shard differently have an index each.
+    """
+    return f"{shard}.{layout}.idx" if layout else f"{shard}.idx"
 
 
 def build_index(shard: str | Path, describe: Describe, fingerprint: str) -> ShardIndex:
@@ -68,8 +71,8 @@ def build_index(shard: str | Path, describe: Describe, fingerprint: str) -> Shar
     return ShardIndex(samples, scan.size, scan.crc32, fingerprint)
 
 
-def save_index(shard: str | Path, index: ShardIndex) -> None:
-    """Writes ``<shard>.idx`` in one atomic step."""
+def save_index(shard: str | Path, index: ShardIndex, layout: str = "") -> None:
+    """Writes the sidecar in one atomic step."""
     header = {
         "format": INDEX_FORMAT,
         "version": INDEX_VERSION,
@@ -82,35 +85,38 @@ def save_index(shard: str | Path, index: ShardIndex) -> None:
     for sample in index.samples:
         media = [_media_row(facts) for facts in sample.media]
         lines.append(json.dumps([sample.key, sample.offset, sample.size, sample.num_text_tokens, media]))
-    _write_atomically(index_path(shard), ("\n".join(lines) + "\n").encode())
+    _write_atomically(index_path(shard, layout), ("\n".join(lines) + "\n").encode())
 
 
-def load_index(shard: str | Path, fingerprint: str | None = None) -> ShardIndex:
+def load_index(shard: str | Path, fingerprint: str | None = None, layout: str = "") -> ShardIndex:
     """The index of a shard from its sidecar. ``fingerprint``: the one it must have been made with (None: any).
 
     Raises DataError, with the command that mends it, when the sidecar is missing, damaged, or of another shard,
     tokenizer or version.
     """
-    index = _parse_index(shard, _read_index(shard))
+    index = _parse_index(shard, _read_index(shard, layout), layout)
     size = shard_size(shard)
     if index.shard_bytes != size:
-        raise _stale(shard, f"is of a shard of {index.shard_bytes:,} bytes, but the shard has {size:,}")
+        raise _stale(shard, f"is of a shard of {index.shard_bytes:,} bytes, but the shard has {size:,}", layout)
     if fingerprint is not None and index.fingerprint != fingerprint:
-        raise _stale(shard, f"was made with tokenizer {index.fingerprint!r}, but this run uses {fingerprint!r}")
+        what = f"was made with tokenizer {index.fingerprint!r}, but this run uses {fingerprint!r}"
+        raise _stale(shard, what, layout)
     return index
 
 
-def ensure_index(shards: Iterable[str | Path], describe: Describe, fingerprint: str, jobs: int = 1) -> list[ShardIndex]:
+def ensure_index(
+    shards: Iterable[str | Path], describe: Describe, fingerprint: str, jobs: int = 1, layout: str = ""
+) -> list[ShardIndex]:
     """The indexes of ``shards``, in order; missing and stale ones are built and saved, by ``jobs`` processes."""
     shards = list(shards)
     indexes: dict[int, ShardIndex] = {}
     for number, shard in enumerate(shards):
         try:
-            indexes[number] = load_index(shard, fingerprint)
+            indexes[number] = load_index(shard, fingerprint, layout)
         except DataError:
             pass
     missing = [number for number in range(len(shards)) if number not in indexes]
-    build = partial(_build_and_save, describe=describe, fingerprint=fingerprint)
+    build = partial(_build_and_save, describe=describe, fingerprint=fingerprint, layout=layout)
     stale = [shards[number] for number in missing]
     if jobs > 1 and len(missing) > 1:
         context = multiprocessing.get_context("forkserver")
@@ -122,18 +128,19 @@ def ensure_index(shards: Iterable[str | Path], describe: Describe, fingerprint: 
     return [indexes[number] for number in range(len(shards))]
 
 
-def check_shard(shard: str | Path) -> ShardIndex:
+def check_shard(shard: str | Path, layout: str = "") -> ShardIndex:
     """The shard's index, after a strict pass over the shard that agrees with it. Raises DataError otherwise."""
-    index, scan = load_index(shard), SampleScan(shard)
+    index, scan = load_index(shard, layout=layout), SampleScan(shard)
     count = 0
     for count, sample in enumerate(scan, start=1):
         facts = index.samples[count - 1] if count <= index.num_samples else None
         if facts is None or (facts.key, facts.offset, facts.size) != (sample.key, sample.offset, sample.size):
             known = f"{facts.key!r} at {facts.offset:,}" if facts else "no more samples"
-            raise _stale(shard, f"disagrees at byte {sample.offset:,}: the shard has {sample.key!r}, the index {known}")
+            what = f"disagrees at byte {sample.offset:,}: the shard has {sample.key!r}, the index {known}"
+            raise _stale(shard, what, layout)
     if count != index.num_samples or scan.crc32 != index.crc32:
         what = f"is of {index.num_samples:,} samples with CRC {index.crc32:08x}"
-        raise _stale(shard, f"{what}, but the shard has {count:,} with CRC {scan.crc32:08x}")
+        raise _stale(shard, f"{what}, but the shard has {count:,} with CRC {scan.crc32:08x}", layout)
     return index
 
 
@@ -153,9 +160,9 @@ def expand(patterns: Iterable[str]) -> list[str | Path]:
     return [path if is_url(path) else Path(path) for path in sorted(found)]
 
 
-def _build_and_save(shard: str | Path, describe: Describe, fingerprint: str) -> ShardIndex:
+def _build_and_save(shard: str | Path, describe: Describe, fingerprint: str, layout: str) -> ShardIndex:
     index = build_index(shard, describe, fingerprint)
-    save_index(shard, index)
+    save_index(shard, index, layout)
     return index
 
 
@@ -163,14 +170,15 @@ def _media_row(facts: MediaFacts) -> list[Any]:
     return [getattr(facts, name) for name in MediaFacts.__slots__]
 
 
-def _stale(shard: str | Path, what: str) -> DataError:
+def _stale(shard: str | Path, what: str, layout: str) -> DataError:
     folder = str(shard).rpartition("/")[0] or "."
-    message = f"{index_path(shard)}: the index {what}; run `omni-train data index {folder}`"
+    options = " with the layout options of its source" if layout else ""
+    message = f"{index_path(shard, layout)}: the index {what}; run `omni-train data index {folder}`{options}"
     return DataError(message, shard=str(shard))
 
 
-def _read_index(shard: str | Path) -> bytes:
-    path = index_path(shard)
+def _read_index(shard: str | Path, layout: str) -> bytes:
+    path = index_path(shard, layout)
     try:
         if is_url(path):
             import fsspec
@@ -179,10 +187,10 @@ def _read_index(shard: str | Path) -> bytes:
                 return file.read()
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise _stale(shard, "is missing") from None
+        raise _stale(shard, "is missing", layout) from None
 
 
-def _parse_index(shard: str | Path, data: bytes) -> ShardIndex:
+def _parse_index(shard: str | Path, data: bytes, layout: str) -> ShardIndex:
     try:
         head, _, body = data.partition(b"\n")
         header = json.loads(head)
@@ -197,7 +205,7 @@ def _parse_index(shard: str | Path, data: bytes) -> ShardIndex:
             raise ValueError(f"{len(samples):,} samples, not the {header['num_samples']:,} of its header")
         return ShardIndex(samples, header["shard_bytes"], header["crc32"], header["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _stale(shard, f"is damaged or of another version ({error})") from error
+        raise _stale(shard, f"is damaged or of another version ({error})", layout) from error
 
 
 def _write_atomically(path: str, data: bytes) -> None:

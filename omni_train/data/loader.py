@@ -8,14 +8,13 @@ prefetched, by how many workers, and how many ranks there are leaves no trace in
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,8 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from omni_train.config import LayoutConfig
 from omni_train.data.contracts import DocumentPlan, Pack, PackPlan, Sample
 from omni_train.data.index import ShardIndex
+from omni_train.data.layouts import read_content
 from omni_train.data.mixture import OutOfData
 from omni_train.data.planner import Planner
 from omni_train.data.shard import DataError, read_range, read_sample
@@ -53,25 +54,29 @@ def rank_packs(step_plans: Sequence[PackPlan], rank: int, world: int) -> list[Pa
 
 
 class PackReader:
-    """Reads the samples that plans name. ``sources``: per name the (path, index) of its shards, in the planner's order.
+    """Reads the samples that plans name. ``sources``: per name the (path, index) of its shards, in the planner's order;
+    ``layouts``: per name what its samples look like.
 
     Holds keys and byte ranges only, so a copy for each worker is cheap.
     """
 
-    def __init__(self, sources: dict[str, list[tuple[str | Path, ShardIndex]]]):
+    def __init__(self, sources: dict[str, list[tuple[str | Path, ShardIndex]]], layouts: Mapping[str, LayoutConfig]):
+        self._layouts = layouts
         self._shards = {name: [(path, *_ranges(index)) for path, index in shards] for name, shards in sources.items()}
 
     def read(self, document: DocumentPlan) -> Sample:
         """The whole sample of ``document`` (its token range is not cut out here), in one ranged read.
 
-        ``content`` is {} where the sample has no member "json". Raises DataError when the bytes are not the indexed
-        sample or its JSON is no object.
+        Raises DataError when the bytes are not the indexed sample or do not follow the layout of the source.
         """
         path, keys, offsets, sizes = self._shards[document.source][document.shard]
         key, offset = keys[document.index], int(offsets[document.index])
         data = read_range(path, offset, int(sizes[document.index]))
         members = read_sample(data, key=key, shard=path, offset=offset)
-        content = _parse_content(members["json"], path, key, offset) if "json" in members else {}
+        try:
+            content = read_content(members, self._layouts[document.source])
+        except ValueError as error:
+            raise DataError.at(path, offset, str(error), key=key) from error
         return Sample(document.source, str(path).rpartition("/")[2], key, content, members)
 
 
@@ -228,14 +233,3 @@ def _ranges(index: ShardIndex) -> tuple[list[str], np.ndarray, np.ndarray]:
     offsets = np.array([sample.offset for sample in index.samples], dtype=np.int64)
     sizes = np.array([sample.size for sample in index.samples], dtype=np.int64)
     return [sample.key for sample in index.samples], offsets, sizes
-
-
-def _parse_content(data: bytes, path: str | Path, key: str, offset: int) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError.at(path, offset, f"member 'json' is not JSON: {error}", key=key) from error
-    if not isinstance(content, dict):
-        what = f"member 'json' holds a {type(content).__name__}, not an object"
-        raise DataError.at(path, offset, what, key=key)
-    return content

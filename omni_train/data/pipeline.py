@@ -6,17 +6,19 @@ The only place that puts the parts of the data layer together.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from omni_train.config import ConfigError, RunConfig, SourceConfig, VisionModelConfig
+from omni_train.config import ConfigError, RunConfig, ShardsConfig, VisionModelConfig
 from omni_train.data.chatml import Describe
 from omni_train.data.contracts import Pack, PackPlan
 from omni_train.data.encode import Encoder, collate, dummy_pack
 from omni_train.data.index import ShardIndex, ensure_index, expand
+from omni_train.data.layouts import layout_id
 from omni_train.data.loader import PackReader, StepLoader
 from omni_train.data.media_tokens import MediaGeometry
 from omni_train.data.planner import Planner, Source, plan_once
@@ -82,28 +84,35 @@ class DataPipeline:
         """The pipeline with the tokenizer that the configuration names."""
         return DataPipeline(config, load_tokenizer(Path(config.data.tokenizer)))
 
-    def indexed(self, patterns: list[str]) -> list[tuple[str, ShardIndex]]:
-        """(shard, index) of every shard that the patterns match, missing indexes built."""
+    def indexed(self, source: ShardsConfig) -> list[tuple[str, ShardIndex]]:
+        """(shard, index) of every shard that the source's patterns match, missing indexes built."""
         root = Path(self.config.data.root)
-        shards = expand([pattern if "://" in pattern else str(root / pattern) for pattern in patterns])
-        describe = Describe(self.config.data.tokenizer)
-        indexes = ensure_index(shards, describe, fingerprint(self.tokenizer))
+        shards = expand([pattern if "://" in pattern else str(root / pattern) for pattern in source.shards])
+        describe = Describe(self.config.data.tokenizer, source)
+        indexes = ensure_index(shards, describe, fingerprint(self.tokenizer), layout=layout_id(source))
         return list(zip(map(str, shards), indexes, strict=True))
 
-    def _source(self, name: str, settings: SourceConfig, shards: list[tuple[str, ShardIndex]]) -> Source:
+    def _source(
+        self, name: str, shards: list[tuple[str, ShardIndex]], weight: float = 1.0, max_epochs: float | None = None
+    ) -> Source:
         lengths = [np.array([self.encoder.num_tokens(f) for f in index.samples], dtype=np.int64) for _, index in shards]
         splittable = [np.array([not f.media for f in index.samples], dtype=bool) for _, index in shards]
-        return Source(name, settings.weight, lengths, splittable, settings.max_epochs)
+        return Source(name, weight, lengths, splittable, max_epochs)
 
-    def _builder(self, shards: dict[str, list[tuple[str, ShardIndex]]]) -> PackBuilder:
+    def _builder(
+        self, sources: Mapping[str, ShardsConfig], shards: dict[str, list[tuple[str, ShardIndex]]]
+    ) -> PackBuilder:
         least, most = self.config.stage.audio_window_sec
-        return PackBuilder(PackReader(shards), self.encoder, (least, most), self.config.data.seed)
+        return PackBuilder(PackReader(shards, sources), self.encoder, (least, most), self.config.data.seed)
 
     def loader(self, rank: int, world: int) -> StepLoader:
         """Training packs of this rank, step by step."""
         config = self.config
-        shards = {name: self.indexed(source.shards) for name, source in config.mixture.items()}
-        sources = [self._source(name, config.mixture[name], found) for name, found in shards.items()]
+        shards = {name: self.indexed(source) for name, source in config.mixture.items()}
+        sources = [
+            self._source(name, shards[name], source.weight, source.max_epochs)
+            for name, source in config.mixture.items()
+        ]
         planner = Planner(
             sources,
             context=config.stage.context,
@@ -112,15 +121,16 @@ class DataPipeline:
             seed=config.data.seed,
             block_size=config.data.block_size,
         )
-        return StepLoader(planner, self._builder(shards), self.dummy, rank, world, num_workers=config.data.num_workers)
+        builder = self._builder(config.mixture, shards)
+        return StepLoader(planner, builder, self.dummy, rank, world, num_workers=config.data.num_workers)
 
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""
         return dummy_pack(self.encoder.geometry, self.encoder.ids)
 
-    def validation_packs(self, name: str, patterns: list[str], max_tokens: int) -> list[PackPlan]:
+    def validation_packs(self, name: str, settings: ShardsConfig, max_tokens: int) -> list[PackPlan]:
         """Plans of one ordered pass over a validation source, cut after ``max_tokens``."""
-        source = self._source(name, SourceConfig(shards=patterns, weight=1.0), self.indexed(patterns))
+        source = self._source(name, self.indexed(settings))
         plans, total = [], 0
         for step, documents in enumerate(plan_once(source, self.config.stage.context)):
             if total >= max_tokens:
@@ -129,8 +139,8 @@ class DataPipeline:
             plans.append(PackPlan(step, 0, 0, documents))
         return plans
 
-    def validation_builder(self, name: str, patterns: list[str]) -> PackBuilder:
+    def validation_builder(self, name: str, settings: ShardsConfig) -> PackBuilder:
         """Reads the packs that ``validation_packs`` planned; audio windows are the longest allowed."""
-        builder = self._builder({name: self.indexed(patterns)})
+        builder = self._builder({name: settings}, {name: self.indexed(settings)})
         builder.audio_window_sec = (self.config.stage.audio_window_sec[1],) * 2
         return builder

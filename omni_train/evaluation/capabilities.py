@@ -14,7 +14,7 @@ import jiwer
 import torch
 import torch.distributed as dist
 
-from omni_train.config import ConfigError, Control, RunConfig
+from omni_train.config import ConfigError, Control, RunConfig, ShardsConfig
 from omni_train.data.contracts import DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
 from omni_train.data.loader import PackReader
@@ -63,8 +63,9 @@ def read_tasks(data: DataPipeline, patterns: dict[str, str], tasks: dict[str, st
     """Samples by task: ``tasks`` maps a task to its source, ``patterns`` a source to its shards."""
     found: dict[str, list[Sample]] = {task: [] for task in tasks}
     for source in sorted(set(tasks.values())):
-        shards = data.indexed([patterns[source]])
-        reader = PackReader({source: shards})
+        settings = ShardsConfig(shards=[patterns[source]])
+        shards = data.indexed(settings)
+        reader = PackReader({source: shards}, {source: settings})
         for number, (_, index) in enumerate(shards):
             for position in range(len(index.samples)):
                 sample = reader.read(DocumentPlan(source, number, position, 0, 1))

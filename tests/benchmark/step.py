@@ -31,6 +31,7 @@ from torch import nn
 from omni_train import config as configuration
 from omni_train.config import RunConfig
 from omni_train.data.contracts import IGNORE_INDEX, Document, PackPlan
+from omni_train.data.loader import PackReader
 from omni_train.data.pipeline import DataPipeline
 
 STEP_OF_RANK = "OMNI_TRAIN_BENCHMARK_RANK"
@@ -93,10 +94,8 @@ class Documents(torch.utils.data.Dataset):
 
     def __init__(self, data: DataPipeline, plans: list[list[PackPlan]], config: RunConfig) -> None:
         self.plans, self.encoder = plans, data.encoder
-        shards = {name: data.indexed(source.shards) for name, source in config.mixture.items()}
-        from omni_train.data.loader import PackReader
-
-        self.reader = PackReader(shards)
+        shards = {name: data.indexed(source) for name, source in config.mixture.items()}
+        self.reader = PackReader(shards, config.mixture)
 
     def __len__(self) -> int:
         return len(self.plans)

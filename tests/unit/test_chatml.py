@@ -210,7 +210,7 @@ def test_describe_names_key_message_and_member(folder, tokenizer):
         describe(user([{"type": "video", "video": "mp4"}]), {"mp4": b"?"}, tokenizer)
     for data, message in [
         ({}, "no json member; it has none"),
-        ({"json": b"{"}, "cannot be parsed"),
+        ({"json": b"{"}, "is not JSON"),
         ({"json": b"[]"}, "list"),
     ]:
         with pytest.raises(ValueError, match=f"sample k7: .*{message}"):

@@ -14,6 +14,7 @@ import webdataset
 
 from omni_train.data.contracts import DocumentPlan, PackPlan
 from omni_train.data.index import ensure_index
+from omni_train.data.layouts import MESSAGES
 from omni_train.data.loader import PackReader, StepLoader, rank_packs
 from omni_train.data.planner import OutOfData, Planner, Source
 from omni_train.data.shard import DataError
@@ -50,15 +51,16 @@ def reader(tmp_path):
         path = tmp_path / f"x-{shard}.tar"
         with webdataset.TarWriter(str(path), mtime=0) as writer:
             for number in range(10 * shard, 10 * shard + 10):
-                content = b"[1]" if number == 13 else b"{bad" if number == 14 else json.dumps({"n": number}).encode()
+                content = {13: b"[1]", 14: b"{bad"}.get(number, json.dumps({"text": f"{number}"}).encode())
                 writer.write({"__key__": f"k{number}", "json": content, "a.bin": b"b" * number})
         shards.append(path)
-    return PackReader({"a": list(zip(shards, ensure_index(shards, describe, "t"), strict=True))}), shards
+    indexed = list(zip(shards, ensure_index(shards, describe, "t"), strict=True))
+    return PackReader({"a": indexed}, {"a": MESSAGES}), shards
 
 
 def test_reader_reads_exactly_the_sample(reader):
     sample = reader[0].read(DocumentPlan("a", 1, 7, 0, 5))
-    assert (sample.id, sample.content, sample.members["a.bin"]) == ("a/x-1.tar/k17", {"n": 17}, b"b" * 17)
+    assert (sample.id, sample.content, sample.members["a.bin"]) == ("a/x-1.tar/k17", {"text": "17"}, b"b" * 17)
 
 
 def test_reader_names_bad_json(reader):
