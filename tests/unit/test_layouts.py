@@ -29,7 +29,6 @@ from omni_train.data.tokenizer import train_tokenizer
 from omni_train.run import check_inputs
 
 PAIRS = LayoutConfig(layout="pairs")
-SOURCES = ("text", "dialogue", "speech", "pictures", "digits", "mixed")  # of s2_general
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(root: Path, tokenizer: Path, mixture: dict[str, str], *more: str) -> RunConfig:
     """s2_general with a mixture of its own: name → what stands in the braces of a YAML source."""
-    removed = [f"~mixture.{name}" for name in SOURCES]
+    removed = [f"~mixture.{name}" for name in load("s2_general", []).mixture]
     added = [f"+mixture.{name}={{{values}}}" for name, values in mixture.items()]
     return load("s2_general", [f"data.root={root}", f"data.tokenizer={tokenizer}", *removed, *added, *more])
 
