@@ -127,7 +127,7 @@ def test_a_stage_is_started_on_its_ranks_and_its_status_returned(
     monkeypatch.setattr(running, "check_inputs", lambda config: None)
     config = load("s2_general", [f"run_dir={tmp_path}", "engine.threads=3"])
     assert start_stage(config, ["s2_general", "engine.threads=3"]) == 85
-    assert calls == [(["train", "s2_general", "engine.threads=3"], 2, 3)]
+    assert calls == [(["train", "s2_general", "engine.threads=3"], config.engine)]
 
 
 def test_stage_line_is_one_compact_line() -> None:
