@@ -9,8 +9,10 @@ takes seconds. Nothing here touches an accelerator before the fork.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -82,13 +84,12 @@ def import_for_ranks(engine: EngineConfig) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(engine.threads))
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for CUDA must not create its context here
     quiet()
-    import omni_train.evaluation.transcription
-    import omni_train.train  # noqa: F401
-
+    modules = ["omni_train.train", "omni_train.evaluation.transcription"]
     if engine.device == "cpu":  # on a GPU DeepSpeed's accelerator may look at the device when it is imported
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-        import deepspeed.module_inject.auto_ep_layer  # noqa: F401
+        modules += ["deepspeed", "deepspeed.module_inject.auto_ep_layer"]
+    for module in modules:
+        importlib.import_module(module)
 
 
 def _as_rank(command: list[str], environment: dict[str, str]) -> None:
@@ -97,20 +98,19 @@ def _as_rank(command: list[str], environment: dict[str, str]) -> None:
     for number in PASSED_ON:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     try:
-        status = run_command(command)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        run_command(command)
+    except SystemExit:
+        raise
     except BaseException as error:
         _report_uncaught(type(error), error, error.__traceback__)
-        status = 1
-    sys.exit(status)
+        sys.exit(1)
 
 
-def run_command(command: list[str]) -> int:
-    """The command line's main, in a rank."""
-    from omni_train.cli import main
-
-    return main(command)
+def run_command(command: list[str]) -> None:
+    """``python -m omni_train.cli COMMAND`` in this process."""
+    sys.argv = ["omni-train", *command]
+    sys.modules.pop("omni_train.cli", None)  # runpy warns of a module that the starter has imported
+    runpy.run_module("omni_train.cli", run_name="__main__")
 
 
 def report_failure(message: str) -> None:

@@ -21,10 +21,9 @@ def rank_program(monkeypatch: pytest.MonkeyPatch):
     """Makes run_ranks run this Python code in each rank in place of the command line."""
 
     def use(code: str) -> None:
-        def run(command: list[str]) -> int:
+        def run(command: list[str]) -> None:
             local.prepare_rank()
             exec(code, vars(local) | {"rank": int(os.environ["RANK"])})
-            return 0
 
         monkeypatch.setattr(local, "run_command", run)
 
