@@ -11,15 +11,16 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 COVERAGE_FLOOR := 85
+TORCHVISION := .torchvision
 
 # Ranks of a test share the processors; one thread each is faster than all of them contending.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart test test-all check corpus clean
+.PHONY: help setup quickstart test test-all test-torchvision check corpus clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## make .venv with the pinned packages (only when pyproject.toml or constraints.txt changed)
 
@@ -44,6 +45,13 @@ test: setup  ## the fast tests, with a floor of 85 % line coverage
 
 test-all: setup  ## every test, the slow ones too, with the same floor
 	$(BIN)/python -m pytest --cov=omni_train --cov-report=term --cov-fail-under=$(COVERAGE_FLOOR)
+
+# In a folder of its own: only these tests may see it, and its wheels are for CUDA (tests/parity/torchvision_for_tests.py).
+$(TORCHVISION)/torchvision: | setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TORCHVISION) 'torchvision==0.28.*'
+
+test-torchvision: setup $(TORCHVISION)/torchvision  ## videos against stock's whole processor, which needs torchvision
+	OMNI_TRAIN_TORCHVISION=$(TORCHVISION) $(BIN)/python -m pytest tests/parity/test_video_processor.py tests/parity/test_export.py
 
 check: setup  ## lint, format, types and the fast tests
 	$(BIN)/ruff check .

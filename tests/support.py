@@ -55,7 +55,7 @@ from omni_train.data import encode  # noqa: E402
 from omni_train.data.contracts import IGNORE_INDEX, Document, Pack  # noqa: E402
 from omni_train.data.media_tokens import audio_num_tokens  # noqa: E402
 from omni_train.data.pipeline import media_geometry  # noqa: E402
-from omni_train.data.positions import tm_rope_positions  # noqa: E402
+from omni_train.data.positions import audio_video_order, tm_rope_positions, video_token_times  # noqa: E402
 from omni_train.data.tokenizer import TokenIds, load_tokenizer, token_ids, train_tokenizer  # noqa: E402
 from omni_train.engine import deepspeed as engine_module  # noqa: E402
 from omni_train.engine import parallel  # noqa: E402
@@ -216,7 +216,16 @@ class Case:
     """A short training run: what is trained on what, and how the work is split."""
 
     # What: cases that agree in these must give the same trajectory.
-    kinds: tuple[str, ...] = ("text", "short_audio", "image", "video", "image_audio", "audio", "silent_text", "image")
+    kinds: tuple[str, ...] = (
+        "text",
+        "short_audio",
+        "image",
+        "video",
+        "image_audio",
+        "audio",
+        "silent_text",
+        "video_audio",
+    )
     components: tuple[str, ...] = EVERYTHING
     objective: str = "next_token"
     router_aux_coef: float = 0.1
@@ -271,18 +280,25 @@ def run_config(case: Case) -> RunConfig:
 def document(kind: str, config: RunConfig, ids: TokenIds, rng: np.random.Generator, name: str) -> Document:
     """A random document of 16 words. Its labels are a suffix of 1 to 24 tokens; silent_text has none."""
     geometry = media_geometry(config.model.vision)
-    mels, images, videos = [], [], []
+    mels, images, videos, has_sound = [], [], [], kind == "video_audio"
     tokens = rng.integers(0, 16, rng.integers(2, 6)).tolist()
     for medium in {"image_audio": ["image", "short_audio"]}.get(kind, [kind]):
+        heard = []
         if medium.endswith("audio"):
             frames = int(rng.integers(9, 99) if medium == "short_audio" else rng.integers(101, 240))
             mels.append(rng.standard_normal((128, frames), dtype=np.float32))
-            tokens += [ids.audio_start, *[ids.audio_pad] * audio_num_tokens(frames), ids.audio_end]
-        elif medium in ("image", "video"):
+            heard = [ids.audio_pad] * audio_num_tokens(frames)
+        if medium.startswith(("image", "video")):
             grid = (1 if medium == "image" else 2, 2 * int(rng.integers(1, 3)), 2 * int(rng.integers(1, 4)))
             pad = ids.image_pad if medium == "image" else ids.video_pad
             (images if medium == "image" else videos).append(grid)
-            tokens += [ids.vision_start, *[pad] * (int(np.prod(grid)) // 4), ids.vision_end]
+            seen = [pad] * (int(np.prod(grid)) // 4)
+            if heard:
+                order = audio_video_order(video_token_times(grid, 1.0, geometry), len(heard))
+                seen = [ids.audio_start, *np.array(seen + heard)[order].tolist(), ids.audio_end]
+            tokens += [ids.vision_start, *seen, ids.vision_end]
+        elif heard:
+            tokens += [ids.audio_start, *heard, ids.audio_end]
     num_labels = int(rng.integers(1, 25))
     input_ids = np.array(tokens + rng.integers(0, 16, num_labels).tolist(), dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
@@ -295,7 +311,7 @@ def document(kind: str, config: RunConfig, ids: TokenIds, rng: np.random.Generat
         image_grids=images,
         video_grids=videos,
         seconds_per_grid=[1.0] * len(videos),
-        use_audio_in_video=[False] * len(videos),
+        use_audio_in_video=[has_sound] * len(videos),
         geometry=geometry,
     )
 
@@ -305,7 +321,7 @@ def document(kind: str, config: RunConfig, ids: TokenIds, rng: np.random.Generat
     modality = {"short_audio": "audio", "image_audio": "image", "silent_text": "text"}.get(kind, kind)
     return Document(
         name, modality, input_ids, labels, positions, mels, [patches(g) for g in images], images,
-        [patches(g) for g in videos], videos,
+        [patches(g) for g in videos], videos, [1.0] * len(videos), [has_sound] * len(videos),
     )  # fmt: skip
 
 
@@ -316,6 +332,24 @@ def documents(case: Case, config: RunConfig, ids: TokenIds, step: int) -> list[D
         None if kind == "none" else document(kind, config, ids, rng, f"step{step}/{number}")
         for number, kind in enumerate(case.kinds)
     ]
+
+
+def stock_arguments(found: Document) -> dict[str, torch.Tensor]:
+    """Keyword arguments of the stock Thinker for one document with at most one clip, but for position_ids."""
+    inputs = {"input_ids": torch.from_numpy(found.input_ids)[None]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if found.mels:
+        (mel,) = found.mels
+        inputs["input_features"] = torch.from_numpy(mel)[None]
+        inputs["feature_attention_mask"] = torch.ones(1, mel.shape[1], dtype=torch.long)
+    if found.image_patches:
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate(found.image_patches))
+        inputs["image_grid_thw"] = torch.tensor(found.image_grids)
+    if found.video_patches:
+        inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate(found.video_patches))
+        inputs["video_grid_thw"] = torch.tensor(found.video_grids)
+        inputs["video_second_per_grid"] = torch.tensor(found.video_seconds_per_grid)
+    return inputs
 
 
 def packs_of_rank(case: Case, config: RunConfig, ids: TokenIds, step: int, rank: int) -> list[Pack]:

@@ -32,7 +32,7 @@ from omni_train.data.media_tokens import (
 )
 from omni_train.data.positions import audio_video_order, tm_rope_positions, video_token_times
 from omni_train.data.tokenizer import TokenIds, token_ids
-from omni_train.data.video import decode_sound, decode_video, video_facts
+from omni_train.data.video import decode_video
 
 DEFAULT_AUDIO_WINDOW_SEC = 8
 """The audio encoder's attention window at inference (``n_window_infer`` 800 mel frames)."""
@@ -147,16 +147,15 @@ class Encoder:
 
     def _watch(self, data: bytes, has_sound: bool, document: Document) -> list[int]:
         """Video tokens, with its sound's between them in order of time if that is heard."""
-        video = decode_video(data, self.geometry)
+        video = decode_video(data, self.geometry, has_sound)
         document.video_patches.append(video.patches)
         document.video_grids.append(video.grid)
         document.video_seconds_per_grid.append(video.seconds_per_grid)
         document.video_has_sound.append(has_sound)
         seen = [self.ids.video_pad] * grid_num_tokens(video.grid, self.geometry)
-        if not has_sound:
+        if video.wave is None:
             return seen
-        num_samples = video_facts("", data, with_sound=True).num_samples
-        heard = self._hear(decode_sound(data, num_samples), document)
+        heard = self._hear(video.wave, document)
         times = video_token_times(video.grid, video.seconds_per_grid, self.geometry)
         both = np.array([*seen, *heard])[audio_video_order(times, len(heard))]
         return [self.ids.audio_start, *both.tolist(), self.ids.audio_end]

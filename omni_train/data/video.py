@@ -16,6 +16,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 
 from omni_train.data.contracts import MediaFacts
 from omni_train.data.image import patches_of
@@ -36,61 +37,58 @@ def video_facts(member: str, data: bytes, with_sound: bool = False) -> MediaFact
     be read.
     """
     with _open(data) as container:
-        video = _video_stream(container)
-        num_frames, seconds = _frames_and_seconds(container, video)
-        check_aspect_ratio(video.height, video.width)
-        facts = MediaFacts(
-            member=member,
-            kind="video",
-            width=video.width,
-            height=video.height,
-            num_frames=num_frames,
-            fps=num_frames / seconds,
-            has_audio=with_sound,
-        )
-        if with_sound:
-            if not container.streams.audio:
-                raise ValueError("the video has no sound, but its part says use_audio_in_video; set that to false")
-            facts.sample_rate_hz = SAMPLE_RATE_HZ
-            seconds = _seconds(container.streams.audio[0], container)
-            facts.num_samples = max(MIN_SAMPLES, round(seconds * SAMPLE_RATE_HZ))
+        return _facts(member, data, container, with_sound)
+
+
+def _facts(member: str, data: bytes, container: av.container.InputContainer, with_sound: bool) -> MediaFacts:
+    """``video_facts`` of an open container, whose place in the file does not change."""
+    video = _video_stream(container)
+    num_frames, seconds = _frames_and_seconds(data, container, video)
+    check_aspect_ratio(video.height, video.width)
+    facts = MediaFacts(
+        member=member,
+        kind="video",
+        width=video.width,
+        height=video.height,
+        num_frames=num_frames,
+        fps=num_frames / seconds,
+        has_audio=with_sound,
+    )
+    if with_sound:
+        if not container.streams.audio:
+            raise ValueError("the video has no sound, but its part says use_audio_in_video; set that to false")
+        facts.sample_rate_hz = SAMPLE_RATE_HZ
+        seconds = _seconds(container.streams.audio[0], container)
+        facts.num_samples = max(MIN_SAMPLES, round(seconds * SAMPLE_RATE_HZ))
     return facts
 
 
 @dataclass(slots=True)
 class Video:
-    """``patches`` float32 [t*h*w, patch_dim] of a ``grid`` (t, h, w) whose every t spans ``seconds_per_grid``."""
+    """``patches`` float32 [t*h*w, patch_dim] of a ``grid`` (t, h, w) whose every t spans ``seconds_per_grid``.
+
+    ``wave`` is the sound track, float32 [num_samples], mono, 16 kHz, or None where it is not heard.
+    """
 
     patches: np.ndarray
     grid: tuple[int, int, int]
     seconds_per_grid: float
+    wave: np.ndarray | None = None
 
 
-def decode_video(data: bytes, geometry: MediaGeometry) -> Video:
-    """The frames of a video file that the planner counted on. Raises ValueError for a file that is broken."""
-    facts = video_facts("", data)
-    grid = video_grid(facts.width, facts.height, facts.num_frames, facts.fps, geometry)
-    seconds = video_seconds_per_grid(facts.num_frames, facts.fps, geometry)
-    num_wanted = grid[0] * geometry.temporal_patch_size
-    times = (np.arange(num_wanted) + 0.5) * seconds / geometry.temporal_patch_size
-    return Video(patchify_frames(_frames_at(data, times), grid, geometry), grid, seconds)
+def decode_video(data: bytes, geometry: MediaGeometry, with_sound: bool = False) -> Video:
+    """The frames of a video file that the planner counted on, and its sound if wanted, from one pass over the file.
 
-
-def decode_sound(data: bytes, num_samples: int) -> np.ndarray:
-    """The sound track of a video: float32 [num_samples], mono, 16 kHz, cut or padded with silence to that length."""
-    pieces: list[np.ndarray] = []
+    The sound is cut or padded with silence to the length in the header. Raises ValueError for a file that is broken.
+    """
     with _open(data) as container:
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
-        try:
-            for frame in container.decode(container.streams.audio[0]):
-                pieces += [resampled.to_ndarray()[0] for resampled in resampler.resample(frame)]
-            pieces += [resampled.to_ndarray()[0] for resampled in resampler.resample(None)]
-        except av.FFmpegError as error:
-            raise ValueError(f"cannot decode the video's sound: {error}") from error
-    wave = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-    if not np.isfinite(wave).all():
-        raise ValueError("the video's sound holds NaN or infinite samples")
-    return np.pad(wave, (0, max(0, num_samples - len(wave))))[:num_samples].astype(np.float32, copy=False)
+        facts = _facts("", data, container, with_sound)
+        grid = video_grid(facts.width, facts.height, facts.num_frames, facts.fps, geometry)
+        seconds = video_seconds_per_grid(facts.num_frames, facts.fps, geometry)
+        num_wanted = grid[0] * geometry.temporal_patch_size
+        times = (np.arange(num_wanted) + 0.5) * seconds / geometry.temporal_patch_size
+        frames, wave = _decode(container, times, facts.num_samples if with_sound else None)
+    return Video(patchify_frames(frames, grid, geometry), grid, seconds, wave)
 
 
 def patchify_frames(frames: np.ndarray, grid: tuple[int, int, int], geometry: MediaGeometry) -> np.ndarray:
@@ -105,30 +103,88 @@ def patchify_frames(frames: np.ndarray, grid: tuple[int, int, int], geometry: Me
     return patches_of(frames, grid, geometry)
 
 
-def _frames_at(data: bytes, times: np.ndarray) -> np.ndarray:
-    """RGB uint8 [len(times), height, width, 3]: the frame on screen at each of the ascending times in seconds."""
-    chosen: list[np.ndarray] = []
-    with _open(data) as container:
-        stream = _video_stream(container)
-        start = (stream.start_time or 0) * stream.time_base
-        shown: av.VideoFrame | None = None
-        try:
-            for frame in container.decode(stream):
-                if frame.pts is None:
-                    continue
-                at = float(frame.pts * stream.time_base - start)
-                while shown is not None and len(chosen) < len(times) and times[len(chosen)] < at:
-                    chosen.append(shown.to_ndarray(format="rgb24"))
-                shown = frame
-                if len(chosen) == len(times):
-                    break
-        except av.FFmpegError as error:
-            raise ValueError(f"cannot decode the video: {error}") from error
-        if shown is None:
+def _decode(
+    container: av.container.InputContainer, times: np.ndarray, num_samples: int | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(``_Screen`` at ``times``, ``_Sound`` of that length or None), packet by packet, no further than needed."""
+    stream = _video_stream(container)
+    screen, sound = _Screen(stream, times), None if num_samples is None else _Sound()
+    streams: list[av.VideoStream | av.AudioStream] = [stream]
+    if sound is not None:
+        streams.append(container.streams.audio[0])
+    what = "video"
+    try:
+        for packet in container.demux(streams):
+            if packet.stream.type == "audio":
+                what = "video's sound"
+                for samples in packet.decode():
+                    sound.add(samples)
+            elif not screen.is_full:
+                what = "video"
+                for frame in packet.decode():
+                    screen.add(frame)
+            elif sound is None:
+                break
+    except av.FFmpegError as error:
+        raise ValueError(f"cannot decode the {what}: {error}") from error
+    return screen.frames(), None if sound is None else sound.wave(num_samples)
+
+
+class _Screen:
+    """The frame on screen at each of ascending ``times`` (seconds from the first), of frames added in order."""
+
+    def __init__(self, stream: av.VideoStream, times: np.ndarray) -> None:
+        self._times, self._time_base = times, stream.time_base
+        self._start = (stream.start_time or 0) * stream.time_base
+        self._shown: av.VideoFrame | None = None
+        self._chosen: list[np.ndarray] = []
+        self._reformatter = VideoReformatter()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._chosen) == len(self._times)
+
+    def add(self, frame: av.VideoFrame) -> None:
+        """Takes note that ``frame`` is shown from its time on."""
+        if frame.pts is not None:
+            self._fill(float(frame.pts * self._time_base - self._start))
+            self._shown = frame
+
+    def frames(self) -> np.ndarray:
+        """RGB uint8 [len(times), height, width, 3]; the last frame stays on screen. Raises ValueError without any."""
+        if self._shown is None:
             raise ValueError("the video has no frame that can be decoded")
-        while len(chosen) < len(times):
-            chosen.append(shown.to_ndarray(format="rgb24"))
-    return np.stack(chosen)
+        self._fill(math.inf)
+        return np.stack(self._chosen)
+
+    def _fill(self, until: float) -> None:
+        """Chooses the frame that is shown for all times before ``until``."""
+        if self._shown is None or self.is_full or self._times[len(self._chosen)] >= until:
+            return
+        # NOTE: one thread; swscale's own count is the machine's, and each frame would wait for all of them.
+        pixels = self._reformatter.reformat(self._shown, format="rgb24", threads=1).to_ndarray()
+        while not self.is_full and self._times[len(self._chosen)] < until:
+            self._chosen.append(pixels)
+
+
+class _Sound:
+    """Audio frames added in order, as one wave: mono, 16 kHz."""
+
+    def __init__(self) -> None:
+        self._resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
+        self._pieces: list[np.ndarray] = []
+
+    def add(self, samples: av.AudioFrame | None) -> None:
+        """Appends the samples; None appends what the resampler still holds."""
+        self._pieces += [resampled.to_ndarray()[0] for resampled in self._resampler.resample(samples)]
+
+    def wave(self, num_samples: int) -> np.ndarray:
+        """Float32 [num_samples], cut or padded with silence. Raises ValueError for samples that are no numbers."""
+        self.add(None)
+        wave = np.concatenate(self._pieces) if self._pieces else np.zeros(0, np.float32)
+        if not np.isfinite(wave).all():
+            raise ValueError("the video's sound holds NaN or infinite samples")
+        return np.pad(wave, (0, max(0, num_samples - len(wave))))[:num_samples].astype(np.float32, copy=False)
 
 
 @contextmanager
@@ -151,11 +207,13 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _frames_and_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[int, float]:
+def _frames_and_seconds(
+    data: bytes, container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[int, float]:
     num_frames = stream.frames
     if not num_frames:  # no table in the container (webm, mkv): count packets
-        num_frames = sum(1 for packet in container.demux(stream) if packet.size)
-        container.seek(0)
+        with _open(data) as again:  # its own, so that nobody has to seek back
+            num_frames = sum(1 for packet in again.demux(_video_stream(again)) if packet.size)
     seconds = _seconds(stream, container)
     if num_frames < 1 or not math.isfinite(seconds) or seconds <= 0:
         raise ValueError(f"the video has {num_frames} frames in {seconds} s; it has no duration")

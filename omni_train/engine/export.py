@@ -130,20 +130,33 @@ def write_encoder_decoder(state: dict[str, Tensor], config: RunConfig, folder: P
 
 
 def write_processor(model: ModelConfig, folder: Path) -> None:
-    """The processor files that stock transformers needs beside a Thinker: mel features and picture patches."""
+    """The processor files that stock transformers needs beside a Thinker: mel features, patches of pictures and videos.
+
+    NOTE: the videos' limits are in a file of their own, without which stock takes those of pictures. They count where
+    the video processor is called alone: stock's Qwen3OmniMoeProcessor puts published limits in their place unless a
+    call passes ``size``. The frame rate is not here because stock wants it with each call (``fps``).
+    """
     vision = model.vision
-    WhisperFeatureExtractor(feature_size=model.audio.num_mel_bins).save_pretrained(folder)
-    description = json.loads((folder / "preprocessor_config.json").read_text())
-    description |= {
-        "image_processor_type": "Qwen2VLImageProcessor",
+    shared = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
-        "min_pixels": vision.min_pixels,
-        "max_pixels": vision.max_pixels,
-        "size": {"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels},
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "processor_class": "Qwen3OmniMoeProcessor",
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(description, indent=2))
+    WhisperFeatureExtractor(feature_size=model.audio.num_mel_bins).save_pretrained(folder)
+    picture = json.loads((folder / "preprocessor_config.json").read_text()) | shared
+    picture |= {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": vision.min_pixels,
+        "max_pixels": vision.max_pixels,
+        "size": {"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels},
+    }
+    video = shared | {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "max_frames": vision.video_max_frames,
+        "size": {"shortest_edge": vision.video_min_pixels, "longest_edge": vision.video_max_pixels},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(picture, indent=2))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2))

@@ -29,11 +29,12 @@ from support import (
     run_config,
     run_config_in,
     run_ranks,
+    stock_arguments,
     tokenizer_folder,
     trajectory,
 )
 
-from omni_train.data.contracts import IGNORE_INDEX, Document
+from omni_train.data.contracts import IGNORE_INDEX
 from omni_train.data.tokenizer import load_tokenizer, token_ids
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.components import component_of
@@ -118,7 +119,11 @@ def test_with_the_default_router_coefficient(split):
 
 
 @pytest.mark.parametrize(
-    "kind", ["short_audio", *(pytest.param(k, marks=slow) for k in ("text", "audio", "image", "video", "image_audio"))]
+    "kind",
+    [
+        "short_audio",
+        *(pytest.param(k, marks=slow) for k in ("text", "audio", "image", "video", "image_audio", "video_audio")),
+    ],
 )
 def test_packed_equals_separate(kind):
     """Four documents of one kind as a pack and one by one (clips under a second among them)."""
@@ -242,7 +247,8 @@ def stock_trajectory(case: Case) -> Trajectory:
         optimizer.zero_grad()
         total, router_total, counts = 0.0, 0.0, torch.zeros_like(fractions)
         for found in batch:
-            out = model(**stock_inputs(found), use_cache=False, output_router_logits=True)
+            inputs = stock_arguments(found) | {"position_ids": torch.from_numpy(found.position_ids)[:, None]}
+            out = model(**inputs, use_cache=False, output_router_logits=True)
             labels = torch.from_numpy(found.labels)
             loss = F.cross_entropy(out.logits[0, :-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
             probabilities = [layer.softmax(-1) for layer in out.router_logits]
@@ -259,21 +265,3 @@ def stock_trajectory(case: Case) -> Trajectory:
         steps.append((total / num_labels, router_total / num_tokens, float(norm)))
     values = np.array(steps).T
     return {"loss": values[0], "loss/router": values[1], f"grad_norm/{engine}": values[2]}
-
-
-def stock_inputs(found: Document) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the stock Thinker for one document with at most one clip."""
-    inputs = {
-        "input_ids": torch.from_numpy(found.input_ids)[None],
-        "position_ids": torch.from_numpy(found.position_ids)[:, None],
-    }
-    if found.mels:
-        inputs["input_features"] = torch.from_numpy(found.mels[0])[None]
-        inputs["feature_attention_mask"] = torch.ones(1, found.mels[0].shape[1], dtype=torch.long)
-    if found.image_patches:
-        inputs["pixel_values"] = torch.from_numpy(found.image_patches[0])
-        inputs["image_grid_thw"] = torch.tensor(found.image_grids)
-    if found.video_patches:
-        inputs["pixel_values_videos"] = torch.from_numpy(found.video_patches[0])
-        inputs["video_grid_thw"] = torch.tensor(found.video_grids)
-    return inputs

@@ -4,19 +4,29 @@ stock `transformers` makes of the same files with the tokenizer and processors o
 
 from __future__ import annotations
 
+import functools
 import io
+import types
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import soundfile
 import torch
+from clips import steady_video
 from PIL import Image
-from support import Case, run_config, run_config_in, tokenizer_folder
+from support import Case, run_config, run_config_in, stock_arguments, tokenizer_folder
 from torch import nn
+from torchvision_for_tests import import_torchvision
 from transformers import AutoTokenizer, Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as stock_model
+from transformers.models.qwen3_omni_moe import processing_qwen3_omni_moe as stock_processor
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import _get_feat_extract_output_lengths
+from transformers.video_utils import load_video
 
 from omni_train.config import (
     AudioModelConfig,
@@ -26,7 +36,7 @@ from omni_train.config import (
     TextModelConfig,
     VisionModelConfig,
 )
-from omni_train.data.contracts import Sample
+from omni_train.data.contracts import Document, Sample
 from omni_train.data.encode import Encoder
 from omni_train.data.pipeline import media_geometry
 from omni_train.data.tokenizer import load_tokenizer
@@ -60,11 +70,15 @@ MICRO = ModelConfig(
         patch_size=4,
         min_pixels=64,
         max_pixels=4096,
+        video_min_pixels=128,
+        video_max_pixels=1024,
+        video_max_frames=16,
     ),
     decoder=DecoderModelConfig(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
 )
 
-KINDS = ("text", "image", "audio", "short_audio", "image_audio", "two_pictures")
+VIDEO_KINDS = ("video", "video_audio", "video_and_picture")
+KINDS = ("text", "image", "audio", "short_audio", "image_audio", "two_pictures", *VIDEO_KINDS)
 ANSWER = "a cat<|im_end|>\n"
 _MEDIA = {
     "text": "",
@@ -73,6 +87,33 @@ _MEDIA = {
     "short_audio": "s",
     "image_audio": "is",
     "two_pictures": "iqa",
+    "video": "v",
+    "video_audio": "w",
+    "video_and_picture": "vi",
+    "two_videos": "wv",
+    "one_frame": "f",
+    "long_video": "l",
+    "long_video_audio": "m",
+    "all": "aiws",
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file: ``size`` is (width, height), ``tones`` the samples of its sound."""
+
+    num_frames: int
+    fps: Fraction
+    size: tuple[int, int]
+    tones: int = 0
+
+
+CLIPS = {
+    "v": Clip(11, Fraction(6), (50, 37)),  # an odd number of frames, sides that need a resize
+    "w": Clip(12, Fraction(6), (64, 48), 30_080),
+    "f": Clip(1, Fraction(2), (41, 23)),
+    "l": Clip(25, Fraction(5, 2), (33, 23)),  # more than video_max_frames at 2 a second
+    "m": Clip(25, Fraction(5, 2), (33, 23), 150_000),
 }
 
 
@@ -102,9 +143,11 @@ def files(kind: str, folder: Path) -> dict[str, Path]:
     found = {}
     for letter in _MEDIA[kind]:
         rng = np.random.default_rng(ord(letter))
-        name = f"{letter}.png" if letter in "iq" else f"{letter}.flac"
+        name = f"{letter}.mp4" if letter in CLIPS else f"{letter}.png" if letter in "iq" else f"{letter}.flac"
         path = folder / name
-        if letter in "iq":
+        if clip := CLIPS.get(letter):
+            path.write_bytes(steady_video(clip.num_frames, clip.fps, clip.size, clip.tones))
+        elif letter in "iq":
             height, width = {"i": (21, 34), "q": (60, 12)}[letter]
             Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
         else:
@@ -119,14 +162,22 @@ def files(kind: str, folder: Path) -> dict[str, Path]:
 def sample(kind: str, folder: Path, answer: str = "a cat") -> Sample:
     """A conversation about the files, as a shard would hold it."""
     members = {name: path.read_bytes() for name, path in files(kind, folder).items()}
-    parts = [{"type": t, t: name} for name in members for t in ["image" if name.endswith("png") else "audio"]]
-    content = {
-        "messages": [
-            {"role": "user", "content": [*parts, {"type": "text", "text": f"what is {kind}?"}]},
-            {"role": "assistant", "content": answer},
-        ]
-    }
-    return Sample("test", "shard", kind, content, members)
+    return Sample("test", "shard", kind, {"messages": messages(kind, list(members), answer)}, members)
+
+
+def messages(kind: str, members: list[str], answer: str = "a cat") -> list[dict[str, Any]]:
+    """A question about the media and its answer."""
+    parts: list[dict[str, Any]] = []
+    for name in members:
+        letter, suffix = name.split(".")
+        medium = {"png": "image", "flac": "audio", "mp4": "video"}[suffix]
+        parts.append({"type": medium, medium: name})
+        if medium == "video":
+            parts[-1]["use_audio_in_video"] = CLIPS[letter].tones > 0
+    return [
+        {"role": "user", "content": [*parts, {"type": "text", "text": f"what is {kind}?"}]},
+        {"role": "assistant", "content": answer},
+    ]
 
 
 def encoder_of(folder: str | None = None) -> Encoder:
@@ -142,11 +193,129 @@ def stock_thinker(export: Path, **config: Any) -> tuple[nn.Module, dict[str, Any
     return model.eval(), info
 
 
-def stock_inputs(kind: str, media: Path, export: Path, answer: str = ANSWER) -> dict[str, torch.Tensor]:
+def stock_positions(input_ids, ids, frames=(), images=(), videos=(), seconds=(), with_sound=False):
+    """``get_rope_index`` of the Thinker, which reads nothing but these few values of the model."""
+    owner = stock_model.Qwen3OmniMoePreTrainedModelForConditionalGeneration
+    config = types.SimpleNamespace(
+        image_token_id=ids.image_pad,
+        video_token_id=ids.video_pad,
+        audio_token_id=ids.audio_pad,
+        vision_start_token_id=ids.vision_start,
+        audio_start_token_id=ids.audio_start,
+        position_id_per_seconds=13,
+        audio_config=types.SimpleNamespace(n_window=50),
+    )
+    model = types.SimpleNamespace(config=config, spatial_merge_size=2)
+    model.get_llm_pos_ids_for_vision = functools.partial(owner.get_llm_pos_ids_for_vision, model)
+    tokens = torch.tensor(input_ids)[None]
+    positions, _ = owner.get_rope_index(
+        model,
+        tokens,
+        torch.tensor(images) if len(images) else None,
+        torch.tensor(videos) if len(videos) else None,
+        torch.ones_like(tokens),
+        with_sound,
+        torch.tensor(frames) if len(frames) else None,
+        torch.tensor(seconds) if len(seconds) else None,
+    )
+    return positions[:, 0].numpy()
+
+
+def sound_in_video(ids, grid, seconds, num_audio_tokens, ids_per_second=13.0):
+    """Ids of a video with its sound, as the stock processor interleaves them."""
+    tokens = {"audio_bos_token": "S", "audio_eos_token": "E", "video_token": "V", "audio_token": "A"}
+    owner = types.SimpleNamespace(video_processor=types.SimpleNamespace(merge_size=2), **tokens)
+    text = stock_processor.Qwen3OmniMoeProcessor.replace_video_with_audio_token(
+        owner,
+        {"video_grid_thw": np.array([grid]), "video_second_per_grid": [seconds]},
+        0,
+        {"num_audio_tokens": [num_audio_tokens]},
+        0,
+        position_id_per_seconds=ids_per_second,
+    )
+    table = {"S": ids.audio_start, "E": ids.audio_end, "V": ids.video_pad, "A": ids.audio_pad}
+    return [table[letter] for letter in text]
+
+
+def processor_inputs(kind: str, media: Path, export: Path, document: Document, answer: str = ANSWER) -> dict[str, Any]:
+    """Inputs of the stock model for the same files, made by stock's whole Qwen3OmniMoeProcessor from an export folder.
+
+    Needs torchvision. Stock gets the frames that are on screen when ours are looked at, decoded by its own PyAV reader:
+    its sampling differs (see test_video_processor). ``document`` says how many and how far apart. Pictures go through
+    stock's PIL processor, which ours equals; its torchvision twin resizes to bytes that differ by one here and there.
+    NOTE: a call has one ``fps`` for all its videos, and ``size`` must be passed: the processor's class has published
+    limits that go before those of the export's files.
+    """
+    from transformers import Qwen3OmniMoeProcessor
+
+    processor = Qwen3OmniMoeProcessor.from_pretrained(export, local_files_only=True)
+    processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(export)
+    pictures, waves, videos, video_of_wave = [], [], [], []
+    found = files(kind, media)
+    for path in found.values():
+        if path.suffix == ".png":
+            pictures.append(Image.open(path))
+        elif path.suffix == ".flac":
+            waves.append(soundfile.read(path, dtype="float32")[0])
+            video_of_wave.append(None)
+        else:
+            number = len(videos)
+            videos.append(seen_frames(path, document.video_grids[number][0], document.video_seconds_per_grid[number]))
+            if CLIPS[path.stem].tones:
+                waves.append(sound_of(path))
+                video_of_wave.append(number)
+    (seconds,) = set(document.video_seconds_per_grid)
+    limits = processor.video_processor.size
+    has_sound = any(video is not None for video in video_of_wave)
+    question = messages(kind, list(found))[:1]
+    text = processor.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    inputs = processor(
+        text=text + answer,
+        images=pictures or None,
+        videos=videos,
+        audio=waves or None,
+        audio_from_video_indices=video_of_wave if has_sound else None,
+        load_audio_from_video=has_sound,
+        videos_kwargs={
+            "fps": processor.video_processor.temporal_patch_size / seconds,
+            "cap_pixels_per_frame": False,
+            "size": {"shortest_edge": limits.shortest_edge, "longest_edge": limits.longest_edge},
+        },
+        return_tensors="pt",
+    )
+    return {**inputs, "use_audio_in_video": has_sound}
+
+
+def seen_frames(path: Path, num_grids: int, seconds_per_grid: float) -> np.ndarray:
+    """Frames uint8 [2 * num_grids, height, width, 3] on screen in the middle of each share of a clip's time."""
+
+    def all_frames(metadata: Any, **_: Any) -> np.ndarray:
+        return np.arange(metadata.total_num_frames)
+
+    clip = CLIPS[path.stem]
+    times = (np.arange(2 * num_grids) + 0.5) * seconds_per_grid / 2
+    shown = np.minimum(np.floor(times * float(clip.fps)), clip.num_frames - 1).astype(int)
+    return load_video(str(path), backend="pyav", sample_indices_fn=all_frames)[0][shown]
+
+
+def sound_of(path: Path) -> np.ndarray:
+    """The sound of a clip as decoded, float32 at 16 kHz, without the silence that fills its last AAC frame."""
+    with av.open(str(path)) as container:
+        wave = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    return wave[: CLIPS[path.stem].tones]
+
+
+def stock_inputs(kind: str, media: Path, export: Path, answer: str = ANSWER) -> dict[str, Any]:
     """Inputs of the stock model for the same files, made by stock parts built from the export's files alone.
 
-    What Qwen3OmniMoeProcessor does to text is done here by hand: it cannot be built without torchvision.
+    What Qwen3OmniMoeProcessor does to text is done here by hand: it cannot be built without torchvision. For the same
+    reason a video's tokens and features are ours where torchvision is missing; its positions are stock's all the same.
     """
+    if any(letter in CLIPS for letter in _MEDIA[kind]):
+        document = encoder_of(str(export)).encode(sample(kind, media, answer.removesuffix("<|im_end|>\n")))
+        if not import_torchvision():
+            return processor_inputs(kind, media, export, document, answer)
+        return {**stock_arguments(document), "use_audio_in_video": any(document.video_has_sound)}
     tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
     text, waves, pictures = "<|im_start|>user\n", [], []
     inputs: dict[str, torch.Tensor] = {}

@@ -1,4 +1,7 @@
-"""From the same files, our engine under expert parallelism and stock `transformers` on its export: the same logits."""
+"""From the same files, our engine under expert parallelism and stock `transformers` on its export: the same logits.
+
+Videos too: what stock is fed comes from its whole processor where torchvision is there (``make test-torchvision``).
+"""
 
 from __future__ import annotations
 

@@ -3,19 +3,17 @@
 ``Qwen3OmniMoeProcessor`` itself needs torchvision; its parts do not. Tolerance is 0 unless a test says otherwise.
 """
 
-import functools
 import io
 import random
-import types
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from PIL import Image
+from stock import sound_in_video, stock_positions
 from transformers import WhisperFeatureExtractor
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as stock_image
-from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as stock_model
 from transformers.models.qwen3_omni_moe import processing_qwen3_omni_moe as stock_processor
 
 from omni_train.data.audio import log_mel
@@ -109,50 +107,6 @@ def test_patches(size, geometry):
     expected, grids = stock_patches(Image.fromarray(picture), geometry)
     assert grids.tolist() == [list(grid)]
     np.testing.assert_array_equal(patches, expected)
-
-
-def stock_positions(input_ids, ids, frames=(), images=(), videos=(), seconds=(), with_sound=False):
-    """``get_rope_index`` of the Thinker, which reads nothing but these few values of the model."""
-    owner = stock_model.Qwen3OmniMoePreTrainedModelForConditionalGeneration
-    config = types.SimpleNamespace(
-        image_token_id=ids.image_pad,
-        video_token_id=ids.video_pad,
-        audio_token_id=ids.audio_pad,
-        vision_start_token_id=ids.vision_start,
-        audio_start_token_id=ids.audio_start,
-        position_id_per_seconds=13,
-        audio_config=types.SimpleNamespace(n_window=50),
-    )
-    model = types.SimpleNamespace(config=config, spatial_merge_size=2)
-    model.get_llm_pos_ids_for_vision = functools.partial(owner.get_llm_pos_ids_for_vision, model)
-    tokens = torch.tensor(input_ids)[None]
-    positions, _ = owner.get_rope_index(
-        model,
-        tokens,
-        torch.tensor(images) if len(images) else None,
-        torch.tensor(videos) if len(videos) else None,
-        torch.ones_like(tokens),
-        with_sound,
-        torch.tensor(frames) if len(frames) else None,
-        torch.tensor(seconds) if len(seconds) else None,
-    )
-    return positions[:, 0].numpy()
-
-
-def sound_in_video(ids, grid, seconds, num_audio_tokens):
-    """Ids of a video with its sound, as the stock processor interleaves them."""
-    tokens = {"audio_bos_token": "S", "audio_eos_token": "E", "video_token": "V", "audio_token": "A"}
-    owner = types.SimpleNamespace(video_processor=types.SimpleNamespace(merge_size=2), **tokens)
-    text = stock_processor.Qwen3OmniMoeProcessor.replace_video_with_audio_token(
-        owner,
-        {"video_grid_thw": np.array([grid]), "video_second_per_grid": [seconds]},
-        0,
-        {"num_audio_tokens": [num_audio_tokens]},
-        0,
-        position_id_per_seconds=13.0,
-    )
-    table = {"S": ids.audio_start, "E": ids.audio_end, "V": ids.video_pad, "A": ids.audio_pad}
-    return [table[letter] for letter in text]
 
 
 def random_document(ids, rng, kinds):
