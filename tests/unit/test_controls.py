@@ -7,7 +7,8 @@ import io
 import numpy as np
 import pytest
 import soundfile
-from test_video import GEOMETRY, greys, video
+from clips import video
+from test_video import GEOMETRY, greys
 
 from omni_train.config import Control
 from omni_train.data.contracts import Document, Sample
