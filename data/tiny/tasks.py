@@ -126,18 +126,23 @@ class Planner:
                 parts[-1]["use_audio_in_video"] = clip is not None
             if clip is not None:
                 speakers.append(clip.voice)
-        messages = [
-            {"role": "user", "content": [*parts, {"type": "text", "text": wording}]},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
+        messages = _turn(wording, answer, *parts)
         content = {"messages": messages, "task": task, "lang": lang, "license": license}
         if speakers:
             content["speaker"] = speakers[0]
         return PlannedSample(content, members)
 
 
+def _turn(question: str, answer: str, *media: dict) -> list[dict]:
+    """A question after its media, and the answer."""
+    return [
+        {"role": "user", "content": [*media, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
 def plan_speech(plan: Planner) -> list[PlannedSample]:
-    """Words, phrases and digits to write down, and a name to find among two other words."""
+    """Words, phrases and digits to write down, and a name to find among one to three other words."""
     samples = []
     for _ in range(plan.begin("spoken_word")):
         samples += [plan.sample("spoken_word", "transcribe", word, plan.clip(word)) for word in texts.WORDS]
@@ -150,8 +155,8 @@ def plan_speech(plan: Planner) -> list[PlannedSample]:
             samples.append(plan.sample("spoken_digit", "spoken_digit", str(value), clip))
     for number in range(plan.begin("audio_find")):
         name = CONCEPTS[number % len(CONCEPTS)]
-        words = plan.rng.sample(texts.FILLERS, 2)
-        words.insert(plan.rng.randint(0, 2), name)
+        words = plan.rng.sample(texts.FILLERS, plan.rng.randint(1, 3))
+        words.insert(plan.rng.randint(0, len(words)), name)
         samples.append(plan.sample("audio_find", "audio_find", name, plan.clip(" ".join(words))))
     return samples
 
@@ -249,14 +254,17 @@ def plan_mixed(plan: Planner) -> list[PlannedSample]:
 
 
 def plan_long_audio(plan: Planner) -> list[PlannedSample]:
-    """One name in 10–16 s of verbs, colours, places and numbers."""
+    """One name in 10–16 s of verbs, colours, places and numbers; in train all of it is to be written down after."""
     samples = []
     for number in range(plan.begin("long_audio_find")):
         name = CONCEPTS[number % len(CONCEPTS)]
-        fillers = tuple(" ".join(plan.rng.sample(texts.FILLERS, plan.rng.randint(1, 3))) for _ in range(40))
-        position, target_sec = round(plan.rng.random(), 3), round(plan.rng.uniform(10.2, 13.0), 2)
-        recording = Recording(name, fillers, position, target_sec, plan.clip(name))
-        samples.append(plan.sample("long_audio_find", "audio_find", name, recording))
+        utterances = [" ".join(plan.rng.sample(texts.FILLERS, plan.rng.randint(1, 3))) for _ in range(9)]
+        utterances.insert(plan.rng.randint(0, len(utterances)), name)
+        recording = Recording(tuple(utterances), round(plan.rng.uniform(10.2, 13.0), 2), plan.clip(name))
+        sample = plan.sample("long_audio_find", "audio_find", name, recording)
+        if plan.split == "train":
+            sample.content["messages"] += _turn(plan.rng.choice(texts.QUESTIONS["transcribe"]), " ".join(utterances))
+        samples.append(sample)
     return samples
 
 

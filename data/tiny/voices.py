@@ -20,7 +20,7 @@ import soxr
 SAMPLE_RATE_HZ = 16_000
 MAX_CLIP_SEC = 2.5
 MIN_LONG_SEC, MAX_LONG_SEC = 10.0, 16.0
-GAP_SEC = 0.18
+MIN_PAUSE_SEC = 0.18
 
 ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-029", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en")
 OTHER_LANGS = ("de", "es", "fr", "it", "pt")
@@ -75,11 +75,9 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """10–16 s of filler words in one voice with ``name`` said once, at ``position`` (0–1) of the utterances."""
+    """``utterances`` in one voice, with pauses that make them ``target_sec`` long (10–16 s)."""
 
-    name: str
-    fillers: tuple[str, ...]
-    position: float
+    utterances: tuple[str, ...]
     target_sec: float
     clip: Clip
 
@@ -186,19 +184,13 @@ def wave_of(clip: Clip) -> np.ndarray:
 
 
 def synthesise_recording(recording: Recording) -> tuple[bytes, float]:
-    """FLAC bytes and seconds: utterances joined by pauses until ``target_sec``, the name among them."""
+    """FLAC bytes and seconds of the utterances with equal pauses between them."""
     clip = recording.clip
-    name = _utterance(clip, recording.name, clip.rate_wpm)
-    gap = np.zeros(int(GAP_SEC * SAMPLE_RATE_HZ), np.float32)
-    parts: list[np.ndarray] = []
-    num_samples = name.size
-    for filler in recording.fillers:
-        if num_samples >= recording.target_sec * SAMPLE_RATE_HZ:
-            break
-        parts.append(_utterance(clip, filler, clip.rate_wpm))
-        num_samples += parts[-1].size + gap.size
-    parts.insert(round(recording.position * len(parts)), name)
-    wave = np.concatenate([piece for part in parts for piece in (part, gap)][:-1])
+    parts = [_utterance(clip, text, clip.rate_wpm) for text in recording.utterances]
+    spoken_sec = sum(part.size for part in parts) / SAMPLE_RATE_HZ
+    pause_sec = max(MIN_PAUSE_SEC, (recording.target_sec - spoken_sec) / (len(parts) - 1))
+    pause = np.zeros(round(pause_sec * SAMPLE_RATE_HZ), np.float32)
+    wave = np.concatenate([piece for part in parts for piece in (part, pause)][:-1])
     seconds = wave.size / SAMPLE_RATE_HZ
     assert MIN_LONG_SEC <= seconds <= MAX_LONG_SEC, f"a recording of {seconds:.2f} s"
     return _flac(_mixed(wave, clip))
