@@ -58,17 +58,17 @@ def read_content(members: dict[str, bytes], layout: LayoutConfig) -> dict[str, A
 
 
 def _messages(members: dict[str, bytes]) -> dict[str, Any]:
+    content = _json_object(members)
+    if "messages" in content or ("text" in content and not _media(members)):
+        return content
     media = _media(members)
     other = "if each sample is a medium and its text" if media else "if each sample is plain text in KEY.txt"
     fix = f"{other}, set layout: {'pairs' if media else 'text'} on its source"
     if "json" not in members:
         raise ValueError(f"the sample has no json member; it has {_listed(members)}; {fix}")
-    content = _json_object(members)
-    if "messages" not in content and "text" not in content:
-        raise ValueError(f"member 'json' holds neither 'messages' nor 'text'; it has {_listed(content)}; {fix}")
-    if "messages" not in content and media:
+    if "text" in content:
         raise ValueError(f"member 'json' holds a plain text, which does not name {_listed(media)}; {fix}")
-    return content
+    raise ValueError(f"member 'json' holds neither 'messages' nor 'text'; it has {_listed(content)}; {fix}")
 
 
 def _pair(members: dict[str, bytes], layout: LayoutConfig) -> dict[str, Any]:

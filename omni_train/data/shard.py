@@ -106,9 +106,13 @@ def read_range(path: str | Path, offset: int, size: int) -> bytes:
         filesystem, inner = fsspec.core.url_to_fs(str(path))
         data = filesystem.cat_file(inner, start=offset, end=offset + size)
     else:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            data = _read_all(file, size)
+        file = os.open(path, os.O_RDONLY)
+        try:
+            data = os.pread(file, size, offset)
+            while 0 < len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+                data += more
+        finally:
+            os.close(file)
     if len(data) != size:
         what = f"the shard ends after {len(data):,} of the {size:,} bytes of this sample"
         raise DataError.at(path, offset, what, fix="the shard changed after it was indexed: index it again")
@@ -151,6 +155,9 @@ def read_sample(data: bytes, *, key: str = "", shard: str | Path = "<bytes>", of
 
     ``key`` (when given) must be the key found; ``shard`` and ``offset`` say where the range lies, for messages.
     """
+    plain = _plain_members(data, key) if key else None
+    if plain is not None:
+        return plain
     stream = _Stream(io.BytesIO(data), str(shard), len(data), start=offset)
     samples = list(_group(stream, is_whole=False))
     found = [sample.key for sample in samples]
@@ -158,6 +165,35 @@ def read_sample(data: bytes, *, key: str = "", shard: str | Path = "<bytes>", of
         what = f"expected one sample here, found keys {found}"
         raise DataError.at(shard, offset, what, key=key, fix="the shard changed after it was indexed: index it again")
     return samples[0].members
+
+
+def _plain_members(data: bytes, key: str) -> dict[str, bytes] | None:
+    """The members of a range that was scanned before, or None where anything is out of the ordinary.
+
+    Ordinary are regular files of this key with a short name, with or without a PAX header that says nothing of name
+    and size. Headers' checksums were looked at by the scan; names and sizes must still fit the range.
+    """
+    members: dict[str, bytes] = {}
+    prefix = key.encode("utf-8", "surrogateescape") + b"."
+    at = 0
+    while at < len(data):
+        try:
+            size = int(data[at + 124 : at + 135], 8)
+        except ValueError:
+            return None
+        start, kind = at + BLOCK_BYTES, data[at + 156 : at + 157]
+        body = data[start : start + size]
+        if kind == b"x":
+            if b" path=" in body or b" size=" in body or b"GNU.sparse" in body:
+                return None
+        else:
+            extension = data[at + len(prefix) : at + 100].split(b"\0", 1)[0].lower().decode("utf-8", "replace")
+            is_ordinary = kind in (b"0", b"\0") and data.startswith(prefix, at) and not data[at + 345]
+            if not is_ordinary or not extension or "/" in extension or extension in members:
+                return None
+            members[extension] = body
+        at = start + _padded(size)
+    return members if at == len(data) and members else None
 
 
 class _Stream:

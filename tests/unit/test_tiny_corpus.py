@@ -144,7 +144,7 @@ def test_audio_is_audible_and_long_recordings_are_four_times_the_longest_clip(sa
     assert 10.0 <= min(seconds[True]) and max(seconds[True]) <= 16.0
 
 
-def test_a_long_recording_holds_one_name(samples):
+def test_a_long_recording_holds_one_name():
     names = set(texts.NOUNS)
     for split in ("train", "heldout"):
         for sample in tasks.plan_source(split, "long_audio", SCALE, 0):
