@@ -86,12 +86,15 @@ def describe_environment() -> dict[str, Any]:
 
 
 def render_table(results: dict[str, Any], bars: dict[str, float] | None) -> str:
-    """Plain text: one row a stage, then one row a capability beside its control, its bar and whether it passed.
+    """Plain text: a row a stage; a row a held-out source with its loss after each stage; a row a capability beside its
+    control, its bar and whether it passed.
 
-    Rows keep the order of the results, columns a fixed order (losses as in the sample contract); – for what is missing.
+    Stages and capabilities keep the order of the results, sources a fixed one; – for what is missing.
     """
     console = Console(file=io.StringIO(), width=200, no_color=True, force_terminal=False)
     console.print(_stage_table(results["stages"]))
+    if loss_columns(results["stages"]):
+        console.print(_loss_table(results["stages"]))
     if results["capabilities"] or bars:
         console.print(_capability_table(results, bars or {}))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -139,18 +142,22 @@ def loss_columns(stages: list[dict[str, Any]]) -> list[str]:
 def _stage_table(stages: list[dict[str, Any]]) -> Table:
     table = Table(box=SIMPLE_HEAD, title="Stages", title_justify="left", pad_edge=False)
     table.add_column("stage", no_wrap=True)
-    modalities = loss_columns(stages)
-    for header in ("tokens", "time", "tokens/s", *(f"loss {name}" for name in modalities)):
-        table.add_column(header.replace(" ", "\n").replace("_", "\n"), justify="right", no_wrap=True)
+    for header in ("tokens", "time", "tokens/s"):
+        table.add_column(header, justify="right", no_wrap=True)
     for stage in stages:
-        losses = stage.get("loss") or {}
-        table.add_row(
-            stage["name"],
-            format_count(stage.get("tokens")),
-            format_duration(stage.get("seconds")),
-            format_count(stage.get("tokens_per_second")),
-            *(format_value(losses.get(name)) for name in modalities),
-        )
+        rate = format_count(stage.get("tokens_per_second"))
+        table.add_row(stage["name"], format_count(stage.get("tokens")), format_duration(stage.get("seconds")), rate)
+    return table
+
+
+def _loss_table(stages: list[dict[str, Any]]) -> Table:
+    stages = [stage for stage in stages if stage.get("loss")]
+    table = Table(box=SIMPLE_HEAD, title="Held-out loss, nats a token", title_justify="left", pad_edge=False)
+    table.add_column("source", no_wrap=True)
+    for stage in stages:
+        table.add_column(stage["name"].replace("_", "\n", 1), justify="right", no_wrap=True)
+    for name in loss_columns(stages):
+        table.add_row(name, *(format_value(stage["loss"].get(name)) for stage in stages))
     return table
 
 

@@ -75,8 +75,9 @@ def test_the_table_has_its_columns_in_a_fixed_order():
     results = {
         "stages": [
             {"name": "text_pretrain", "tokens": 200_000, "seconds": 50, "tokens_per_second": 4000.0},
-            {"name": "s1", "tokens": 1_200_000, "seconds": 300, "tokens_per_second": 4000.0}
+            {"name": "s1_adapters", "tokens": 1_200_000, "seconds": 300, "tokens_per_second": 4000.0}
             | {"loss": {"video": 4.0, "audio": 3.25, "text": 2.5}},
+            {"name": "s2", "tokens": 600_000, "seconds": 150, "loss": {"audio": 2.0}, "tokens_per_second": 4000.0},
         ],
         "capabilities": {"asr_wer": 0.125},
         "controls": {"asr_wer": 0.97},
@@ -85,10 +86,16 @@ def test_the_table_has_its_columns_in_a_fixed_order():
     rows = [line.split() for line in table.splitlines() if line.strip(" ─")]
     assert rows == [
         ["Stages"],
-        "loss loss loss".split(),
-        "stage tokens time tokens/s text audio video".split(),
-        "text_pretrain 200k 50s 4.00k – – –".split(),
-        "s1 1.20M 5m 00s 4.00k 2.500 3.250 4.000".split(),
+        "stage tokens time tokens/s".split(),
+        "text_pretrain 200k 50s 4.00k".split(),
+        "s1_adapters 1.20M 5m 00s 4.00k".split(),
+        "s2 600k 2m 30s 4.00k".split(),
+        "Held-out loss, nats a token".split(),
+        ["s1"],
+        "source adapters s2".split(),
+        "text 2.500 –".split(),
+        "audio 3.250 2.000".split(),
+        "video 4.000 –".split(),
         ["Capabilities"],
         "capability value control bar".split(),
         "asr_wer 0.125 0.970 ≤ 0.200 pass".split(),
