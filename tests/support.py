@@ -482,13 +482,15 @@ class _OneSegment:
 @contextlib.contextmanager
 def _local_counts() -> Iterator[None]:
     """Each rank divides by its own labels: the average of averages."""
-    real = train.parallel.sum_over_ranks
+    real = train.Trainer._agree
 
-    def local(values: torch.Tensor) -> torch.Tensor:
+    def local(trainer: train.Trainer, packs: list[Pack], *more: Any) -> tuple:
+        divisors, *others = real(trainer, packs, *more)
+        own = [train.counts(pack) for pack in packs]
         world = torch.distributed.get_world_size()
-        return values * world if values.dtype == torch.float64 and values.numel() == 2 else real(values)
+        return {name: max(world * sum(c[name] for c in own), 1.0) for name in divisors}, *others
 
-    with mock.patch.object(train.parallel, "sum_over_ranks", local):
+    with mock.patch.object(train.Trainer, "_agree", local):
         yield
 
 
