@@ -184,11 +184,15 @@ def wave_of(clip: Clip) -> np.ndarray:
 
 
 def synthesise_recording(recording: Recording) -> tuple[bytes, float]:
-    """FLAC bytes and seconds of the utterances with equal pauses between them."""
+    """FLAC bytes and seconds of the utterances with equal pauses between them; slow voices speak faster to fit."""
     clip = recording.clip
-    parts = [_utterance(clip, text, clip.rate_wpm) for text in recording.utterances]
-    spoken_sec = sum(part.size for part in parts) / SAMPLE_RATE_HZ
-    pause_sec = max(MIN_PAUSE_SEC, (recording.target_sec - spoken_sec) / (len(parts) - 1))
+    num_pauses = len(recording.utterances) - 1
+    for rate_wpm in range(clip.rate_wpm, 400, 25):
+        parts = [_utterance(clip, text, rate_wpm) for text in recording.utterances]
+        spoken_sec = sum(part.size for part in parts) / SAMPLE_RATE_HZ
+        if spoken_sec + num_pauses * MIN_PAUSE_SEC < MAX_LONG_SEC:
+            break
+    pause_sec = max(MIN_PAUSE_SEC, (recording.target_sec - spoken_sec) / num_pauses)
     pause = np.zeros(round(pause_sec * SAMPLE_RATE_HZ), np.float32)
     wave = np.concatenate([piece for part in parts for piece in (part, pause)][:-1])
     seconds = wave.size / SAMPLE_RATE_HZ
