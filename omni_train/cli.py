@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that a wrong argument is answered i
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -252,11 +253,17 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.action == "index":
         from omni_train.corpus import index_shards
 
-        index_shards(shards, Path(options.tokenizer))
+        indexes = index_shards(shards, Path(options.tokenizer), math.inf)
         print(f"{len(shards)} shards indexed")
     else:
-        samples = sum(check_shard(shard).num_samples for shard in shards)
+        indexes = [check_shard(shard) for shard in shards]
+        samples = sum(index.num_samples for index in indexes)
         print(f"{len(shards)} shards, {samples:,} samples: whole and as indexed")
+    bad = [sample for index in indexes for sample in index.bad]
+    for sample in bad:
+        print(f"bad: {sample.shard}: sample {sample.key!r}: byte {sample.offset:,}: {sample.error}")
+    if bad:
+        print(f"{len(bad):,} bad samples; a run leaves them out only as far as data.max_bad_samples allows")
     return 0
 
 

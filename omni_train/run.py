@@ -26,6 +26,7 @@ from omni_train.recipe import RecipeStage, load_recipe, stage_overrides
 MAY_CHANGE = (
     *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints"),
     *("eval_every_steps", "eval_tokens", "validation", "data.num_workers", "data.resume_policy"),
+    "data.max_bad_samples",
     *("engine.num_processes", "engine.threads", "engine.timeout_sec", "engine.recompute"),
 )
 """Keys, with what lies below them, that do not change what a run learns. The ranks of a checkpoint are checked when it
@@ -69,8 +70,9 @@ def check_unchanged(config: RunConfig) -> None:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Fail before any process starts when data that the run needs is missing or damaged; write missing indexes."""
-    from omni_train.data.index import expand, load_index
+    """Fail before any process starts when data that the run needs is missing or damaged, or has more bad samples than
+    data.max_bad_samples; write missing indexes."""
+    from omni_train.data.index import check_bad_samples, expand, load_index
     from omni_train.data.shard import DataError
 
     root = Path(config.data.root)
@@ -82,12 +84,12 @@ def check_inputs(config: RunConfig) -> None:
     if not Path(config.data.tokenizer).is_dir():
         raise ConfigError(f"data.tokenizer '{config.data.tokenizer}' is no folder; give a Qwen3-Omni tokenizer folder")
     try:
-        for shard in shards:
-            load_index(shard)
+        indexes = list(map(load_index, shards))
     except DataError:  # missing or stale: only then are the heavy imports worth their seconds
         from omni_train.corpus import index_shards
 
-        index_shards(shards, Path(config.data.tokenizer))
+        indexes = index_shards(shards, Path(config.data.tokenizer), config.data.max_bad_samples)
+    check_bad_samples(indexes, config.data.max_bad_samples)
 
 
 def check_init(config: RunConfig) -> None:

@@ -24,7 +24,7 @@ import yaml
 from torch import Tensor
 
 from omni_train.config import RunConfig, Schedule, StageConfig, to_dict
-from omni_train.data.contracts import MODALITIES, Pack
+from omni_train.data.contracts import MODALITIES, BadSample, Pack
 from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import checkpoint, parallel
@@ -73,6 +73,9 @@ class Trainer:
         self.folder = Path(config.run_dir)
         self.data = DataPipeline.of(config)
         self.loader = self.data.loader(ranks.rank, ranks.world)
+        for patterns in config.validation.values():
+            self.data.indexed(patterns)
+        self.bad_samples = self.data.bad_sample_log(self.folder / "bad_samples.jsonl")
         micro_batches = math.ceil(config.data.lanes / ranks.world) * config.data.packs_per_lane
         self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
         self.guards = [GradientGuard(engine.module, ranks.device) for engine in self.stage.engines.values()]
@@ -123,6 +126,13 @@ class Trainer:
         total = torch.tensor([sum(hashes) % 2**56], dtype=torch.int64, device=self.ranks.device)
         return f"{int(parallel.sum_over_ranks(total)) % 2**56:014x}"
 
+    def note_bad_samples(self, found: list[BadSample], step: int) -> None:
+        """Log what this rank's packs had to leave out. Collective; raises DataError on every rank past the budget."""
+        if parallel.any_rank(bool(found), self.ranks.device):
+            everywhere: list[list[BadSample]] = [[] for _ in range(self.ranks.world)]
+            dist.all_gather_object(everywhere, found)
+            self.bad_samples.add(step, sum(everywhere, []), self.ranks.is_main)
+
     def _global_counts(self, packs: list[Pack]) -> dict[str, float]:
         """Divisors of the step: labels and tokens over all ranks and micro-batches (at least 1)."""
         local = [counts(pack) for pack in packs]
@@ -163,7 +173,8 @@ class Trainer:
         for name, patterns in self.config.validation.items():
             plans = self.data.validation_packs(name, patterns, self.config.eval_tokens)
             builder = self.data.validation_builder(name, patterns)
-            found = heldout_losses(self.stage.forward, plans, builder, self.data.dummy, self.ranks)
+            found, bad = heldout_losses(self.stage.forward, plans, builder, self.data.dummy, self.ranks)
+            self.note_bad_samples(bad, self.position.step)
             metrics |= {f"eval/{key.split('/')[0]}/{name}": value for key, value in found.items()}
         for engine in (*self.stage.engines.values(), *self.stage.frozen.values()):
             engine.train()
@@ -267,6 +278,7 @@ def train(config: RunConfig) -> None:
     trainer = Trainer(config, ranks)
     folder = trainer.folder
     is_resumed = trainer.resume()
+    trainer.bad_samples.start(trainer.position.step, ranks.is_main)
     if ranks.is_main:
         describe_run(config, trainer, is_resumed)
     position = trainer.position
@@ -287,6 +299,7 @@ def train(config: RunConfig) -> None:
             packs = trainer.loader.next_step()
         except OutOfData:
             break
+        trainer.note_bad_samples([bad for pack in packs for bad in pack.bad_samples], position.step + 1)
         before = position.tokens
         metrics = trainer.step(packs)
         if config.eval_every_steps and position.step % config.eval_every_steps == 0:
@@ -295,6 +308,8 @@ def train(config: RunConfig) -> None:
         position.seconds += seconds
         tokens = position.tokens - before
         record = {"step": position.step, "tokens": position.tokens, "tokens_per_second": tokens / seconds, **metrics}
+        if trainer.bad_samples.count:
+            record["data/bad_samples"] = trainer.bad_samples.count
         writer.log(record, position.step)
         progress.update(int(tokens), metrics)
         if stop:
@@ -351,6 +366,10 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
         event = "resume" if is_resumed else "start"
         file.write(json.dumps({"event": event, "step": trainer.position.step, "weights": mixture}) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+    for name, source in trainer.loader.planner.stats()["sources"].items():
+        if source["left_out"]:
+            what = f"samples are longer than stage.context ({config.stage.context:,} tokens) and left out"
+            print(f"  {name}: {source['left_out']:,} {what}", flush=True)
     for line in trainer.stage.inventory:
         state = f"lr {line.lr:g}" if line.is_trained else "frozen"
         print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state}", flush=True)

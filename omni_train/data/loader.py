@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from omni_train.data.bad_samples import FIX
 from omni_train.data.contracts import DocumentPlan, Pack, PackPlan, Sample
 from omni_train.data.index import ShardIndex
 from omni_train.data.mixture import OutOfData
 from omni_train.data.planner import Planner
-from omni_train.data.shard import DataError, read_range, read_sample
+from omni_train.data.shard import SampleError, read_range, read_sample
 
 LoadPack = Callable[[PackPlan], Pack]
 
@@ -65,7 +66,7 @@ class PackReader:
         """The whole sample of ``document`` (its token range is not cut out here), in one ranged read.
 
         ``content`` is {} where the sample has no member "json". Raises DataError when the bytes are not the indexed
-        sample or its JSON is no object.
+        sample, SampleError when its JSON is no object.
         """
         path, keys, offsets, sizes = self._shards[document.source][document.shard]
         key, offset = keys[document.index], int(offsets[document.index])
@@ -73,6 +74,11 @@ class PackReader:
         members = read_sample(data, key=key, shard=path, offset=offset)
         content = _parse_content(members["json"], path, key, offset) if "json" in members else {}
         return Sample(document.source, str(path).rpartition("/")[2], key, content, members)
+
+    def place(self, document: DocumentPlan) -> tuple[str, str, int]:
+        """(shard, key, byte offset) of the sample of ``document``."""
+        path, keys, offsets, _ = self._shards[document.source][document.shard]
+        return str(path), keys[document.index], int(offsets[document.index])
 
 
 class StepLoader:
@@ -234,8 +240,8 @@ def _parse_content(data: bytes, path: str | Path, key: str, offset: int) -> dict
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError.at(path, offset, f"member 'json' is not JSON: {error}", key=key) from error
+        raise SampleError.at(path, offset, f"member 'json' is not JSON: {error}", key=key, fix=FIX) from error
     if not isinstance(content, dict):
         what = f"member 'json' holds a {type(content).__name__}, not an object"
-        raise DataError.at(path, offset, what, key=key)
+        raise SampleError.at(path, offset, what, key=key, fix=FIX)
     return content

@@ -1,7 +1,8 @@
 """Videos: bytes → frames at the times that the planner counted on → patches, and the sound track as a wave.
 
 A video of ``video_grid`` (t, h, w) gives t · temporal_patch_size frames, each the picture that is on screen in the
-middle of its share of the time, so a variable frame rate needs no special case.
+middle of its share of the time, so a variable frame rate needs no special case. A video that its file says is to be
+turned (a phone held upright) is seen upright.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ from omni_train.data.media_tokens import (
     video_seconds_per_grid,
 )
 
+_OPTIONS = {"format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"}
+"""What FFmpeg may open, whatever a member is called. Not playlists, which name other files and addresses."""
+_MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+
 
 def video_facts(member: str, data: bytes, with_sound: bool = False) -> MediaFacts:
-    """Size, frames, mean frame rate and length of the sound of a video file, without decoding it.
+    """Size as seen, frames, mean frame rate and length of the sound of a video file; decodes its first frame only.
 
     ``with_sound`` says that the sound is wanted; then a file without any is refused. Raises ValueError for what cannot
     be read.
@@ -38,12 +43,15 @@ def video_facts(member: str, data: bytes, with_sound: bool = False) -> MediaFact
     with _open(data) as container:
         video = _video_stream(container)
         num_frames, seconds = _frames_and_seconds(container, video)
-        check_aspect_ratio(video.height, video.width)
+        width, height = video.width, video.height
+        check_aspect_ratio(height, width)
+        if _quarter_turns(container, video) % 2:
+            width, height = height, width
         facts = MediaFacts(
             member=member,
             kind="video",
-            width=video.width,
-            height=video.height,
+            width=width,
+            height=height,
             num_frames=num_frames,
             fps=num_frames / seconds,
             has_audio=with_sound,
@@ -106,7 +114,7 @@ def patchify_frames(frames: np.ndarray, grid: tuple[int, int, int], geometry: Me
 
 
 def _frames_at(data: bytes, times: np.ndarray) -> np.ndarray:
-    """RGB uint8 [len(times), height, width, 3]: the frame on screen at each of the ascending times in seconds."""
+    """RGB uint8 [len(times), height, width, 3]: the frame on screen at each of the ascending times (s), upright."""
     chosen: list[np.ndarray] = []
     with _open(data) as container:
         stream = _video_stream(container)
@@ -118,7 +126,7 @@ def _frames_at(data: bytes, times: np.ndarray) -> np.ndarray:
                     continue
                 at = float(frame.pts * stream.time_base - start)
                 while shown is not None and len(chosen) < len(times) and times[len(chosen)] < at:
-                    chosen.append(shown.to_ndarray(format="rgb24"))
+                    chosen.append(_upright(shown))
                 shown = frame
                 if len(chosen) == len(times):
                     break
@@ -127,20 +135,56 @@ def _frames_at(data: bytes, times: np.ndarray) -> np.ndarray:
         if shown is None:
             raise ValueError("the video has no frame that can be decoded")
         while len(chosen) < len(times):
-            chosen.append(shown.to_ndarray(format="rgb24"))
+            chosen.append(_upright(shown))
     return np.stack(chosen)
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB uint8 [height, width, 3], turned by the frame's display matrix."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _quarter_turns(container: av.container.InputContainer, stream: av.VideoStream) -> int:
+    """Quarter turns counter-clockwise from a frame as stored to as seen: only frames tell.
+
+    Raises ValueError if there is no frame that can be decoded.
+    """
+    try:
+        container.seek(0)
+        first = next(iter(container.decode(stream)), None)
+    except av.FFmpegError as error:
+        raise ValueError(f"cannot decode the video: {error}") from error
+    if first is None:
+        raise ValueError("the video has no frame that can be decoded")
+    return round(first.rotation / 90)
 
 
 @contextmanager
 def _open(data: bytes) -> Iterator[av.container.InputContainer]:
     if not data:
         raise ValueError("video is empty (0 bytes)")
+    _check_mp4_is_whole(data)
     try:
-        container = av.open(io.BytesIO(data))
+        container = av.open(io.BytesIO(data), options=_OPTIONS)
     except (av.FFmpegError, ValueError) as error:
-        raise ValueError(f"cannot read video of {len(data):,} bytes: {error}; use mp4") from error
+        raise ValueError(f"cannot read video of {len(data):,} bytes: {error}; use mp4 or webm") from error
     with container:
         yield container
+
+
+def _check_mp4_is_whole(data: bytes) -> None:
+    """Raises ValueError for an mp4 that ends inside one of its boxes. FFmpeg would show its last frame to the end."""
+    at = 0
+    while data[4:8] in _MP4_STARTS and at + 8 <= len(data):
+        size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if at + size > len(data) and name in (b"mdat", b"moov", b"moof"):
+            what = f"its box {name.decode()!r} says {size:,} bytes, {len(data) - at:,} are left"
+            raise ValueError(f"video is cut short: {what}")
+        if size < 8:  # 0: to the end of the file
+            return
+        at += size
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
