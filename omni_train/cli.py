@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that a wrong argument is answered i
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -288,11 +289,20 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.action == "index":
         from omni_train.corpus import index_shards
 
-        index_shards(shards, Path(options.tokenizer), layout)
+        indexes = index_shards(shards, Path(options.tokenizer), layout, math.inf)
         print(f"{len(shards)} shards indexed")
     else:
-        samples = sum(check_shard(shard, layout_id(layout)).num_samples for shard in shards)
+        indexes = [check_shard(shard, layout_id(layout)) for shard in shards]
+        samples = sum(index.num_samples for index in indexes)
         print(f"{len(shards)} shards, {samples:,} samples: whole and as indexed")
+    bad = [sample for index in indexes for sample in index.bad]
+    listed = [f"{sample.shard}: sample {sample.key!r}: byte {sample.offset:,}: {sample.error}" for sample in bad]
+    if bad and not any(index.num_samples for index in indexes):
+        raise ConfigError(f"none of the {len(bad):,} samples can be used; the first: {listed[0]}")
+    for line in listed:
+        print(f"bad: {line}")
+    if bad:
+        print(f"{len(bad):,} bad samples; a run leaves them out only as far as data.max_bad_samples allows")
     return 0
 
 

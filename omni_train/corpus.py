@@ -8,8 +8,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omni_train.config import CONF_DIR, ConfigError, LayoutConfig, nearest
+
+if TYPE_CHECKING:
+    from omni_train.data.index import ShardIndex
 
 
 def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) -> Path:
@@ -44,12 +48,17 @@ def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) ->
     return folder
 
 
-def index_shards(shards: Sequence[str | Path], tokenizer: Path, layout: LayoutConfig) -> None:
-    """Write the missing and stale indexes of shards. Raises DataError naming shard, sample, byte and fix on damage."""
+def index_shards(
+    shards: Sequence[str | Path], tokenizer: Path, layout: LayoutConfig, max_bad_samples: float = 0.0
+) -> list[ShardIndex]:
+    """The indexes of shards, missing and stale ones written.
+
+    Raises DataError naming shard, sample, byte and fix on damage and for more than ``max_bad_samples`` bad samples.
+    """
     from omni_train.data.chatml import Describe
     from omni_train.data.index import ensure_index
     from omni_train.data.layouts import layout_id
     from omni_train.data.tokenizer import fingerprint, load_tokenizer
 
-    made_with = fingerprint(load_tokenizer(tokenizer))
-    ensure_index(shards, Describe(tokenizer, layout), made_with, os.cpu_count() or 1, layout_id(layout))
+    describe, name = Describe(tokenizer, layout), fingerprint(load_tokenizer(tokenizer))
+    return ensure_index(shards, describe, name, os.cpu_count() or 1, layout_id(layout), max_bad_samples)

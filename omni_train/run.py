@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from omni_train.recipe import RecipeStage, load_recipe, stage_overrides
 MAY_CHANGE = (
     *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints"),
     *("eval_every_steps", "eval_tokens", "validation", "data.num_workers", "data.resume_policy"),
+    "data.max_bad_samples",
     *("engine.num_processes", "engine.threads", "engine.timeout_sec", "engine.recompute"),
 )
 """Keys, with what lies below them, that do not change what a run learns. The ranks of a checkpoint are checked when it
@@ -68,7 +70,9 @@ def check_unchanged(config: RunConfig) -> None:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Fail before any process starts when data that the run needs is missing or damaged; write missing indexes."""
+    """Fail before any process starts when data that the run needs is missing or damaged, or has more bad samples than
+    data.max_bad_samples; write missing indexes."""
+    from omni_train.data.bad_samples import SampleCount, is_share
     from omni_train.data.index import expand, load_index
     from omni_train.data.layouts import layout_id
     from omni_train.data.shard import DataError
@@ -83,14 +87,20 @@ def check_inputs(config: RunConfig) -> None:
     ]
     if not Path(config.data.tokenizer).is_dir():
         raise ConfigError(f"data.tokenizer '{config.data.tokenizer}' is no folder; give a Qwen3-Omni tokenizer folder")
+    allowed, total = config.data.max_bad_samples, SampleCount()
     for source, shards in zip(sources, found, strict=True):
         try:
-            for shard in shards:
-                load_index(shard, layout=layout_id(source))
+            indexes = [load_index(shard, layout=layout_id(source)) for shard in shards]
         except DataError:  # missing or stale: only then are the heavy imports worth their seconds
             from omni_train.corpus import index_shards
 
-            index_shards(shards, Path(config.data.tokenizer), source)
+            # A share is one of the samples of all sources, so a single source cannot tell.
+            indexes = index_shards(
+                shards, Path(config.data.tokenizer), source, math.inf if is_share(allowed) else allowed
+            )
+        for shard, index in zip(shards, indexes, strict=True):
+            total.add(str(shard), index.num_samples + len(index.bad), index.bad)
+    total.check(allowed)
 
 
 def check_init(config: RunConfig) -> None:

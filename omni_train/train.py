@@ -24,7 +24,7 @@ import yaml
 from torch import Tensor
 
 from omni_train.config import RunConfig, Schedule, StageConfig, to_dict
-from omni_train.data.contracts import MODALITIES, Pack
+from omni_train.data.contracts import MODALITIES, BadSample, Pack
 from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import checkpoint, parallel
@@ -73,6 +73,9 @@ class Trainer:
         self.folder = Path(config.run_dir)
         self.data = DataPipeline.of(config)
         self.loader = self.data.loader(ranks.rank, ranks.world)
+        for source in config.validation.values():
+            self.data.indexed(source)
+        self.bad_samples = self.data.bad_sample_log(self.folder / "bad_samples.jsonl")
         micro_batches = math.ceil(config.data.lanes / ranks.world) * config.data.packs_per_lane
         self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
         self.guards = [GradientGuard(engine.module, ranks.device) for engine in self.stage.engines.values()]
@@ -91,10 +94,13 @@ class Trainer:
     def step(self, packs: list[Pack], wants_stop: bool = False) -> dict[str, Any]:
         """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
 
-        ``wants_stop`` on one rank sets ``is_stopping`` on all. Raises NonFiniteError on every rank, before the
-        optimizer moves, when a loss or gradient is not finite.
+        ``wants_stop`` on one rank sets ``is_stopping`` on all. Raises on every rank, before the optimizer moves:
+        DataError past the budget for bad samples, NonFiniteError when a loss or gradient is not finite.
         """
-        divisors, samples, self.is_stopping = self._agree(packs, wants_stop)
+        left_out = [sample for pack in packs for sample in pack.bad_samples]
+        divisors, samples, (self.is_stopping, is_any_left_out) = self._agree(packs, wants_stop, bool(left_out))
+        if is_any_left_out:
+            self.note_bad_samples(left_out, self.position.step + 1)
         scale = learning_rate_scale(self.config.stage, self.position.tokens)
         for engine in self.stage.engines.values():
             set_learning_rates(engine, self.config.stage.components, scale)
@@ -118,8 +124,8 @@ class Trainer:
                 engine.step()
         return {**self._finish_step(sums, divisors, scale), "samples": samples}
 
-    def _agree(self, packs: list[Pack], wants_stop: bool = False) -> tuple[dict[str, float], str, bool]:
-        """What all ranks know of a step before it, in one reduction: divisors, samples, whether one wants to stop.
+    def _agree(self, packs: list[Pack], *flags: bool) -> tuple[dict[str, float], str, list[bool]]:
+        """What all ranks know of a step before it, in one reduction: divisors, samples, each flag if set on one rank.
 
         Divisors: labels and tokens over all ranks and micro-batches (at least 1). Samples: 14 hex digits that name
         their set, a sum of hashes, free of order and of the split into ranks.
@@ -133,12 +139,18 @@ class Trainer:
         ]
         total = sum(hashes)
         halves = [total % 2**28, (total >> 28) % 2**28]  # sums of such halves are exact in float64
-        values = [sum(c[n] for c in local) for n in names] + halves + [wants_stop]
-        *sums, low, high, stops = parallel.sum_over_ranks(
-            torch.tensor(values, dtype=torch.float64, device=self.ranks.device)
-        ).tolist()
+        values = [sum(c[n] for c in local) for n in names] + halves + [*flags]
+        sums = parallel.sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=self.ranks.device)).tolist()
+        divisors = {n: max(value, 1.0) for n, value in zip(names, sums[: len(names)], strict=True)}
+        low, high, *is_set = sums[len(names) :]
         digest = (int(low) + (int(high) << 28)) % 2**56
-        return {n: max(value, 1.0) for n, value in zip(names, sums, strict=True)}, f"{digest:014x}", stops > 0
+        return divisors, f"{digest:014x}", [value > 0 for value in is_set]
+
+    def note_bad_samples(self, found: list[BadSample], step: int) -> None:
+        """Log what this rank's packs had to leave out. Collective; raises DataError on every rank past the budget."""
+        everywhere: list[list[BadSample]] = [[] for _ in range(self.ranks.world)]
+        dist.all_gather_object(everywhere, found)
+        self.bad_samples.add(step, sum(everywhere, []), self.ranks.is_main)
 
     def _stop(self, bad: list[str]) -> None:
         """Raises NonFiniteError with the bad packs of all ranks. Collective."""
@@ -172,7 +184,9 @@ class Trainer:
         for name, source in self.config.validation.items():
             plans = self.data.validation_packs(name, source, self.config.eval_tokens)
             builder = self.data.validation_builder(name, source)
-            found = heldout_losses(self.stage.forward, plans, builder, self.data.dummy, self.ranks)
+            found, bad = heldout_losses(self.stage.forward, plans, builder, self.data.dummy, self.ranks)
+            if parallel.any_rank(bool(bad), self.ranks.device):
+                self.note_bad_samples(bad, self.position.step)
             metrics |= {f"eval/{key.split('/')[0]}/{name}": value for key, value in found.items()}
         for engine in (*self.stage.engines.values(), *self.stage.frozen.values()):
             engine.train()
@@ -277,6 +291,7 @@ def train(config: RunConfig) -> None:
     trainer = Trainer(config, ranks)
     folder = trainer.folder
     is_resumed = trainer.resume()
+    trainer.bad_samples.start(trainer.position.step, ranks.is_main)
     if ranks.is_main:
         describe_run(config, trainer, is_resumed)
     position = trainer.position
@@ -305,6 +320,8 @@ def train(config: RunConfig) -> None:
         position.seconds += seconds
         tokens = position.tokens - before
         record = {"step": position.step, "tokens": position.tokens, "tokens_per_second": tokens / seconds, **metrics}
+        if trainer.bad_samples.count:
+            record["data/bad_samples"] = trainer.bad_samples.count
         writer.log(record, position.step)
         progress.update(int(tokens), metrics)
         if trainer.is_stopping:
@@ -361,6 +378,10 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
         event = "resume" if is_resumed else "start"
         file.write(json.dumps({"event": event, "step": trainer.position.step, "weights": mixture}) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+    for name, source in trainer.loader.planner.stats()["sources"].items():
+        if source["left_out"]:
+            what = f"samples are longer than stage.context ({config.stage.context:,} tokens) and left out"
+            print(f"  {name}: {source['left_out']:,} {what}", flush=True)
     for line in trainer.stage.inventory:
         state = f"lr {line.lr:g}" if line.is_trained else "frozen"
         print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -64,3 +65,10 @@ def steady_video(
     fps = Fraction(fps)
     times = [float(n / fps) for n in range(num_frames)]
     return video(times, tones, size, float(num_frames / fps), picture, ticks=fps)
+
+
+def on_its_side(data: bytes) -> bytes:
+    """A video with the display matrix of a phone held upright: turn by 90° clockwise."""
+    matrix = data.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    return data[:matrix] + struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30) + data[matrix + 36 :]

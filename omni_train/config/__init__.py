@@ -188,6 +188,9 @@ class DataConfig:
     num_workers: int = 0
     block_size: int = 64
     resume_policy: str = "strict"  # what a resume may change in the mixture: strict, reweight, add, add_remove
+    # How many bad samples a run leaves out, each a line in its bad_samples.jsonl, before it stops: a number, or below 1
+    # a share of all samples of mixture and validation.
+    max_bad_samples: float = 0.0
 
     def __post_init__(self) -> None:
         policies = ("strict", "reweight", "add", "add_remove")
@@ -197,6 +200,12 @@ class DataConfig:
             )
         if self.lanes < 1 or self.packs_per_lane < 1:
             raise ConfigError("data.lanes and data.packs_per_lane must be at least 1")
+        if not (
+            0 <= self.max_bad_samples < 1 or (self.max_bad_samples >= 1 and float(self.max_bad_samples).is_integer())
+        ):
+            raise ConfigError(
+                f"data.max_bad_samples ({self.max_bad_samples:g}) must be a whole number of samples, or a share below 1"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,12 +19,16 @@ from transformers.audio_utils import mel_filter_bank
 from omni_train.data.contracts import MediaFacts
 from omni_train.data.media_tokens import HOP, MIN_SAMPLES, NUM_MELS, SAMPLE_RATE_HZ, resampled_num_samples
 
+MAX_SEC = 24 * 3600
+"""Longest clip: a header that says more is damaged, and reading it would ask for the memory."""
 _FFT = 400
+_STREAMED_SIZES = (0, 0xFFFFFFFF)
+"""What writers that cannot seek leave in a WAV header for its size."""
 
 
 def audio_facts(member: str, data: bytes) -> MediaFacts:
-    """Length and rate of a sound file, from its header only. Raises ValueError if it cannot be read or is too
-    short."""
+    """Length and rate of a sound file, from its header only. Raises ValueError if it cannot be read, is too short or
+    long, or a WAV that ends before its data does."""
     with _open(data) as file:
         num_samples, sample_rate_hz = file.frames, file.samplerate
     _check_length(num_samples, sample_rate_hz)
@@ -35,7 +39,7 @@ def decode_audio(data: bytes) -> np.ndarray:
     """The wave of a sound file: float32 [n], mono (mean over channels), 16 kHz (soxr HQ).
 
     n is exactly ``resampled_num_samples`` of the header's facts. Raises ValueError for what is unreadable, cut short,
-    shorter than 12.6 ms, or holds NaN or infinity. Silence is fine.
+    shorter than 12.6 ms, longer than a day, or holds NaN or infinity. Silence is fine.
     """
     with _open(data) as file:
         num_samples, sample_rate_hz = file.frames, file.samplerate
@@ -60,13 +64,29 @@ def decode_audio(data: bytes) -> np.ndarray:
 def _open(data: bytes) -> soundfile.SoundFile:
     if not data:
         raise ValueError("audio is empty (0 bytes)")
+    _check_wav_is_whole(data)
     try:
         return soundfile.SoundFile(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"cannot read audio of {len(data):,} bytes: {error}; use flac, wav, mp3 or ogg") from error
 
 
+def _check_wav_is_whole(data: bytes) -> None:
+    """Raises ValueError for a WAV whose samples end before its header says. libsndfile would take what is there."""
+    at = 12
+    while data[:4] == b"RIFF" and data[8:12] == b"WAVE" and at + 8 <= len(data):
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        left = len(data) - at - 8
+        if data[at : at + 4] == b"data":
+            if size > left and size not in _STREAMED_SIZES:
+                raise ValueError(f"audio is cut short: its header says {size:,} bytes of samples, {left:,} are left")
+            return
+        at += 8 + size + size % 2
+
+
 def _check_length(num_samples: int, sample_rate_hz: int) -> None:
+    if num_samples > MAX_SEC * sample_rate_hz:
+        raise ValueError(f"audio of {num_samples:,} samples at {sample_rate_hz:,} Hz is longer than a day; split it")
     if resampled_num_samples(num_samples, sample_rate_hz) < MIN_SAMPLES:
         raise ValueError(
             f"audio of {num_samples} samples at {sample_rate_hz:,} Hz is too short: at least "

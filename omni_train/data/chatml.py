@@ -173,7 +173,10 @@ def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
             value = _checked_text(value, f"message {number}")
             if parts and parts[-1][0] == "text":
                 value = parts.pop()[1] + value
-        if kind == "video" and part.get("use_audio_in_video", False):
+        use_sound = part.get("use_audio_in_video", False)
+        if not isinstance(use_sound, bool):
+            raise ValueError(f"message {number} has use_audio_in_video {use_sound!r}; it must be true or false")
+        if kind == "video" and use_sound:
             kind = "video_audio"
         parts.append((kind, value))
     return parts
@@ -182,6 +185,12 @@ def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
 def _checked_text(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{where} is {type(text).__name__}; it must be a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may spell half of a pair: "\\ud83d"
+        raise ValueError(
+            f"{where} holds half a surrogate pair at character {error.start}; write the character"
+        ) from error
     if found := _STRUCTURE.search(text):
         raise ValueError(f"{where} holds the control token {found.group()!r} as text; remove or rewrite it in the data")
     return text
@@ -239,8 +248,10 @@ def describe(
 
     Raises ValueError naming a member that is missing, unreadable or of a kind that cannot be read.
     """
-    check_members(content, members)
     pieces = render(content)
+    if content.get("text") == "":
+        raise ValueError("'text' is empty: nothing to learn from")
+    check_members(content, members)
     facts = []
     for piece in pieces:
         if piece.media is not None:

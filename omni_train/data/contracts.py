@@ -75,6 +75,16 @@ class Sample:
 
 
 @dataclass(slots=True)
+class BadSample:
+    """A sample that is left out: it lies at byte ``offset`` of ``shard``, and ``error`` says what is wrong with it."""
+
+    shard: str
+    key: str
+    offset: int
+    error: str
+
+
+@dataclass(slots=True)
 class DocumentPlan:
     """Which document to read: sample number ``index`` of shard number ``shard`` of ``source``.
 
@@ -142,7 +152,8 @@ class Pack:
     their placeholders: ``mel`` float32 [128, F] concatenated over clips with ``mel_lengths`` int64 [clips];
     ``audio_window_sec`` int64 [clips]; ``pixel_values`` [patches, patch_dim] with ``image_grid_thw`` int64 [n, 3] and
     the same for video. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids`` names its
-    documents; it is empty for a dummy, which counts for nothing.
+    documents; it is empty for a dummy, which counts for nothing. ``bad_samples``: those of its plan that could not be
+    decoded and were left out.
     """
 
     input_ids: torch.Tensor
@@ -158,6 +169,7 @@ class Pack:
     pixel_values_videos: torch.Tensor
     video_grid_thw: torch.Tensor
     sample_ids: list[str]
+    bad_samples: list[BadSample] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -38,6 +38,10 @@ DEFAULT_AUDIO_WINDOW_SEC = 8
 """The audio encoder's attention window at inference (``n_window_infer`` 800 mel frames)."""
 
 
+class RangeError(ValueError):
+    """The token range asked for is none of the document's: the index is not of this sample."""
+
+
 class Encoder:
     """Turns samples into documents. Picklable, without state that changes: one serves any number of workers."""
 
@@ -55,13 +59,15 @@ class Encoder:
     def encode(self, sample: Sample, start: int = 0, stop: int | None = None) -> Document:
         """The document of a sample, or tokens ``start`` to ``stop`` of a text without media, as a document of its own.
 
-        Labels are unshifted; the first token never is one. Raises ValueError naming the sample.
+        Labels are unshifted; the first token never is one. Raises ValueError naming the sample, RangeError for a range
+        that it does not have.
         """
         try:
             document = self._encode(sample.id, sample.content, sample.members)
             return _cut(document, start, document.num_tokens if stop is None else stop)
         except ValueError as error:
-            raise ValueError(f"sample {sample.id}: {error}") from error
+            kind = RangeError if isinstance(error, RangeError) else ValueError
+            raise kind(f"sample {sample.id}: {error}") from error
 
     def prompt_and_answer(self, sample: Sample) -> tuple[Document, str]:
         """(prompt, reference) for evaluation by generation.
@@ -93,6 +99,7 @@ class Encoder:
         members: dict[str, bytes],
         add_generation_prompt: bool = False,
     ) -> Document:
+        pieces = render(content, self.loss_on, add_generation_prompt)
         check_members(content, members)
         document = Document(
             sample_id=sample_id,
@@ -103,7 +110,7 @@ class Encoder:
         )
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for piece in render(content, self.loss_on, add_generation_prompt):
+        for piece in pieces:
             tokens = tokenize(piece.text, self.tokenizer)
             if piece.media is not None:
                 begin, _, end = tokens
@@ -166,11 +173,11 @@ def _cut(document: Document, start: int, stop: int) -> Document:
     if (start, stop) == (0, document.num_tokens):
         return document
     if not 0 <= start < stop <= document.num_tokens:
-        raise ValueError(
+        raise RangeError(
             f"token range {start}–{stop} does not lie in its {document.num_tokens} tokens; rebuild the index"
         )
     if document.modality != "text":
-        raise ValueError(f"token range {start}–{stop} would cut a document with {document.modality}; only text is cut")
+        raise RangeError(f"token range {start}–{stop} would cut a document with {document.modality}; only text is cut")
     labels = document.labels[start:stop].copy()
     labels[0] = IGNORE_INDEX
     return dataclasses.replace(

@@ -4,24 +4,43 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from omni_train.data.contracts import MediaFacts
 from omni_train.data.media_tokens import MediaGeometry, check_aspect_ratio, smart_resize
 
+Image.init()  # NOTE: Pillow knows a format by name only after its plug-in was loaded.
+# What it may open, whatever a member is called. Not EPS, which it would hand to Ghostscript, nor other vector formats.
+_FORMATS = [
+    f for f in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if f in Image.OPEN
+]
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow raises on damaged files besides ValueError.
+_DAMAGE = (OSError, SyntaxError, LookupError, TypeError, ArithmeticError, MemoryError, struct.error, zlib.error)
 # Every byte value after rescale (in float64, as upstream does) and normalisation with mean 0.5 and std 0.5.
 _NORMALISED = ((np.arange(256, dtype=np.float64) / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 
 
 def image_facts(member: str, data: bytes) -> MediaFacts:
-    """Width and height in pixels as ``decode_image`` will return them, from the header only."""
+    """Width and height in pixels as ``decode_image`` will return them, from the header (a PNG without EXIF before its
+    pixels is read whole: it may stand behind them). Raises ValueError for what cannot be read."""
     with _open(data) as image:
         width, height = image.size
-        if image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
+        if _orientation(image) in _SIDEWAYS:
             width, height = height, width
     check_aspect_ratio(height, width)
     return MediaFacts(member=member, kind="image", width=width, height=height)
@@ -36,8 +55,9 @@ def decode_image(data: bytes) -> np.ndarray:
     with _open(data) as image:
         try:
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            turn = _TURNS.get(_orientation(image))
+            return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
+        except _DAMAGE as error:
             raise ValueError(f"cannot decode picture of {len(data):,} bytes: {error}") from error
 
 
@@ -45,9 +65,19 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("picture is empty (0 bytes)")
     try:
-        return Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"picture is too large: {error}; store it smaller") from error
+    except _DAMAGE as error:
         raise ValueError(f"cannot read picture of {len(data):,} bytes: {error}; use jpg, png or webp") from error
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation (1 to 8), None where there is none."""
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION)
+    except _DAMAGE as error:
+        raise ValueError(f"cannot read picture: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,25 +2,28 @@
 
     shard ──build_index(describe)──▶ ShardIndex ──save_index──▶ <shard>.idx ──load_index──▶ ShardIndex
 
-JSON lines: a header, then one line a sample in the order of the shard. Written in one atomic step after a strict pass
-over the whole shard, so an index that exists vouches for a shard without damage.
+JSON lines: a header, then one line a sample in the order of the shard, then one object a bad sample, which is left out
+of every plan. Written in one atomic step after a strict pass over the whole shard, so an index that exists vouches for
+a shard without damage.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import math
 import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omni_train.data.contracts import MediaFacts, SampleFacts
+from omni_train.data.bad_samples import LIST_THEM, check_budget, is_share, num_allowed
+from omni_train.data.contracts import BadSample, MediaFacts, SampleFacts
 from omni_train.data.shard import DataError, SampleScan, is_url, shard_size
 
 INDEX_VERSION = 1
@@ -35,13 +38,14 @@ class ShardIndex:
     """The index of one shard.
 
     ``shard_bytes`` and ``crc32`` are of the whole file when it was indexed; ``fingerprint`` names the tokenizer (and
-    whatever else the token counts hang on).
+    whatever else the token counts hang on). ``bad`` samples are not among ``samples``.
     """
 
     samples: list[SampleFacts]
     shard_bytes: int
     crc32: int
     fingerprint: str
+    bad: list[BadSample] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -57,18 +61,22 @@ def index_path(shard: str | Path, layout: str = "") -> str:
 
 
 def build_index(shard: str | Path, describe: Describe, fingerprint: str) -> ShardIndex:
-    """The index of a shard, from one strict pass. DataError on damage and where ``describe`` raises ValueError."""
-    scan, samples = SampleScan(shard), []
+    """The index of a shard, from one strict pass. Raises DataError on damage.
+
+    A key or extension that comes twice, and a ValueError of ``describe``, make a sample bad.
+    """
+    scan, samples, bad = SampleScan(shard), [], []
     for sample in scan:
         try:
+            if sample.error:
+                raise ValueError(sample.error)
             num_text_tokens, media = describe(sample.key, sample.members)
         except ValueError as error:
-            what = f"{type(error).__name__}: {error}"
-            raise DataError.at(
-                shard, sample.offset, what, key=sample.key, fix="mend the sample, or remove it from the shard"
-            ) from error
-        samples.append(SampleFacts(sample.key, sample.offset, sample.size, num_text_tokens, media))
-    return ShardIndex(samples, scan.size, scan.crc32, fingerprint)
+            what = str(error).removeprefix(f"sample {sample.key}: ")
+            bad.append(BadSample(str(shard), sample.key, sample.offset, what))
+        else:
+            samples.append(SampleFacts(sample.key, sample.offset, sample.size, num_text_tokens, media))
+    return ShardIndex(samples, scan.size, scan.crc32, fingerprint, bad)
 
 
 def save_index(shard: str | Path, index: ShardIndex, layout: str = "") -> None:
@@ -81,10 +89,13 @@ def save_index(shard: str | Path, index: ShardIndex, layout: str = "") -> None:
         "crc32": index.crc32,
         "fingerprint": index.fingerprint,
     }
+    if index.bad:
+        header["num_bad"] = len(index.bad)
     lines = [json.dumps(header)]
     for sample in index.samples:
         media = [_media_row(facts) for facts in sample.media]
         lines.append(json.dumps([sample.key, sample.offset, sample.size, sample.num_text_tokens, media]))
+    lines += [json.dumps({"key": bad.key, "offset": bad.offset, "error": bad.error}) for bad in index.bad]
     _write_atomically(index_path(shard, layout), ("\n".join(lines) + "\n").encode())
 
 
@@ -92,7 +103,7 @@ def load_index(shard: str | Path, fingerprint: str | None = None, layout: str = 
     """The index of a shard from its sidecar. ``fingerprint``: the one it must have been made with (None: any).
 
     Raises DataError, with the command that mends it, when the sidecar is missing, damaged, or of another shard,
-    tokenizer or version.
+    tokenizer or version; one with bad samples also when the shard was written to since.
     """
     index = _parse_index(shard, _read_index(shard, layout), layout)
     size = shard_size(shard)
@@ -101,13 +112,25 @@ def load_index(shard: str | Path, fingerprint: str | None = None, layout: str = 
     if fingerprint is not None and index.fingerprint != fingerprint:
         what = f"was made with tokenizer {index.fingerprint!r}, but this run uses {fingerprint!r}"
         raise _stale(shard, what, layout)
+    # NOTE: a sample mended in place often leaves the shard's size as it was: tar pads to whole records.
+    if index.bad and not is_url(shard) and os.stat(shard).st_mtime_ns > os.stat(index_path(shard, layout)).st_mtime_ns:
+        raise _stale(shard, f"names {len(index.bad):,} bad samples, but the shard was written to since", layout)
     return index
 
 
 def ensure_index(
-    shards: Iterable[str | Path], describe: Describe, fingerprint: str, jobs: int = 1, layout: str = ""
+    shards: Iterable[str | Path],
+    describe: Describe,
+    fingerprint: str,
+    jobs: int = 1,
+    layout: str = "",
+    max_bad_samples: float = math.inf,
 ) -> list[ShardIndex]:
-    """The indexes of ``shards``, in order; missing and stale ones are built and saved, by ``jobs`` processes."""
+    """The indexes of ``shards``, in order; missing and stale ones are built and saved, by ``jobs`` processes.
+
+    Raises DataError when more samples of all shards are bad than ``max_bad_samples`` (see ``num_allowed``): for a
+    number after the shard that passes it, for a share when all shards are read.
+    """
     shards = list(shards)
     indexes: dict[int, ShardIndex] = {}
     for number, shard in enumerate(shards):
@@ -121,25 +144,49 @@ def ensure_index(
     if jobs > 1 and len(missing) > 1:
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context) as pool:
-            built = list(pool.map(build, stale))
+            _collect(indexes, missing, pool.map(build, stale), max_bad_samples)
     else:
-        built = list(map(build, stale))
-    indexes.update(zip(missing, built, strict=True))
-    return [indexes[number] for number in range(len(shards))]
+        _collect(indexes, missing, map(build, stale), max_bad_samples)
+    found = [indexes[number] for number in range(len(shards))]
+    check_bad_samples(found, max_bad_samples)
+    return found
+
+
+def check_bad_samples(indexes: Iterable[ShardIndex], max_bad_samples: float) -> None:
+    """Raises DataError when more samples of ``indexes`` are bad than ``max_bad_samples`` (see ``num_allowed``)."""
+    bad: list[BadSample] = []
+    num_samples = 0
+    for index in indexes:
+        bad += index.bad
+        num_samples += index.num_samples + len(index.bad)
+    check_budget(bad, num_allowed(max_bad_samples, num_samples), LIST_THEM)
+
+
+def _collect(
+    indexes: dict[int, ShardIndex], numbers: list[int], built: Iterable[ShardIndex], max_bad_samples: float
+) -> None:
+    """Puts each index at its number; where bad samples are limited by number, stops as soon as there are too many."""
+    for number, index in zip(numbers, built, strict=True):
+        indexes[number] = index
+        if index.bad and not is_share(max_bad_samples):
+            check_bad_samples(indexes.values(), max_bad_samples)
 
 
 def check_shard(shard: str | Path, layout: str = "") -> ShardIndex:
     """The shard's index, after a strict pass over the shard that agrees with it. Raises DataError otherwise."""
     index, scan = load_index(shard, layout=layout), SampleScan(shard)
+    known: list[SampleFacts | BadSample] = [*index.samples, *index.bad]
+    known.sort(key=lambda sample: sample.offset)
     count = 0
     for count, sample in enumerate(scan, start=1):
-        facts = index.samples[count - 1] if count <= index.num_samples else None
-        if facts is None or (facts.key, facts.offset, facts.size) != (sample.key, sample.offset, sample.size):
-            known = f"{facts.key!r} at {facts.offset:,}" if facts else "no more samples"
-            what = f"disagrees at byte {sample.offset:,}: the shard has {sample.key!r}, the index {known}"
+        facts = known[count - 1] if count <= len(known) else None
+        size = facts.size if isinstance(facts, SampleFacts) else sample.size
+        if facts is None or (facts.key, facts.offset, size) != (sample.key, sample.offset, sample.size):
+            told = f"{facts.key!r} at {facts.offset:,}" if facts else "no more samples"
+            what = f"disagrees at byte {sample.offset:,}: the shard has {sample.key!r}, the index {told}"
             raise _stale(shard, what, layout)
-    if count != index.num_samples or scan.crc32 != index.crc32:
-        what = f"is of {index.num_samples:,} samples with CRC {index.crc32:08x}"
+    if count != len(known) or scan.crc32 != index.crc32:
+        what = f"is of {len(known):,} samples with CRC {index.crc32:08x}"
         raise _stale(shard, f"{what}, but the shard has {count:,} with CRC {scan.crc32:08x}", layout)
     return index
 
@@ -197,13 +244,15 @@ def _parse_index(shard: str | Path, data: bytes, layout: str) -> ShardIndex:
         if header["format"] != INDEX_FORMAT or header["version"] != INDEX_VERSION:
             raise ValueError(f"version {header['version']} of {header['format']!r}")
         rows = json.loads(b"[" + body.rstrip(b"\n").replace(b"\n", b",") + b"]")
+        num_samples, num_bad = header["num_samples"], header.get("num_bad", 0)
+        if len(rows) != num_samples + num_bad:
+            raise ValueError(f"{len(rows):,} samples, not the {num_samples + num_bad:,} of its header")
         samples = [
             SampleFacts(key, offset, size, tokens, [MediaFacts(*media_row) for media_row in media])
-            for key, offset, size, tokens, media in rows
+            for key, offset, size, tokens, media in rows[:num_samples]
         ]
-        if len(samples) != header["num_samples"]:
-            raise ValueError(f"{len(samples):,} samples, not the {header['num_samples']:,} of its header")
-        return ShardIndex(samples, header["shard_bytes"], header["crc32"], header["fingerprint"])
+        bad = [BadSample(str(shard), **row) for row in rows[num_samples:]]
+        return ShardIndex(samples, header["shard_bytes"], header["crc32"], header["fingerprint"], bad)
     except (ValueError, KeyError, TypeError) as error:
         raise _stale(shard, f"is damaged or of another version ({error})", layout) from error
 

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from omni_train.config import LayoutConfig
+from omni_train.data.bad_samples import FIX
 from omni_train.data.contracts import DocumentPlan, Pack, PackPlan, Sample
 from omni_train.data.index import ShardIndex
 from omni_train.data.layouts import read_content
 from omni_train.data.mixture import OutOfData
 from omni_train.data.planner import Planner
-from omni_train.data.shard import DataError, read_range, read_sample
+from omni_train.data.shard import SampleError, read_range, read_sample
 
 LoadPack = Callable[[PackPlan], Pack]
 
@@ -67,7 +68,8 @@ class PackReader:
     def read(self, document: DocumentPlan) -> Sample:
         """The whole sample of ``document`` (its token range is not cut out here), in one ranged read.
 
-        Raises DataError when the bytes are not the indexed sample or do not follow the layout of the source.
+        Raises DataError when the bytes are not the indexed sample, SampleError when they do not follow the layout of
+        the source.
         """
         path, keys, offsets, sizes = self._shards[document.source][document.shard]
         key, offset = keys[document.index], int(offsets[document.index])
@@ -76,8 +78,13 @@ class PackReader:
         try:
             content = read_content(members, self._layouts[document.source])
         except ValueError as error:
-            raise DataError.at(path, offset, str(error), key=key) from error
+            raise SampleError.at(path, offset, str(error), key=key, fix=FIX) from error
         return Sample(document.source, str(path).rpartition("/")[2], key, content, members)
+
+    def place(self, document: DocumentPlan) -> tuple[str, str, int]:
+        """(shard, key, byte offset) of the sample of ``document``."""
+        path, keys, offsets, _ = self._shards[document.source][document.shard]
+        return str(path), keys[document.index], int(offsets[document.index])
 
 
 class StepLoader:

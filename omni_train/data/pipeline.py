@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from omni_train.config import ConfigError, RunConfig, ShardsConfig, VisionModelConfig
+from omni_train.config import RunConfig, ShardsConfig, VisionModelConfig
+from omni_train.data.bad_samples import FIX, BadSampleLog, SampleCount
 from omni_train.data.chatml import Describe
-from omni_train.data.contracts import Pack, PackPlan
-from omni_train.data.encode import Encoder, collate, dummy_pack
+from omni_train.data.contracts import BadSample, Document, DocumentPlan, Pack, PackPlan
+from omni_train.data.encode import Encoder, RangeError, collate, dummy_pack
 from omni_train.data.index import ShardIndex, ensure_index, expand
 from omni_train.data.layouts import layout_id
 from omni_train.data.loader import PackReader, StepLoader
 from omni_train.data.media_tokens import MediaGeometry
 from omni_train.data.planner import Planner, Source, plan_once
+from omni_train.data.shard import DataError, SampleError
 from omni_train.data.tokenizer import fingerprint, load_tokenizer
 
 
@@ -29,6 +31,8 @@ from omni_train.data.tokenizer import fingerprint, load_tokenizer
 class PackBuilder:
     """Reads and encodes the documents of a plan (in a worker or inline). Picklable, stateless.
 
+    A sample that cannot be decoded is left out of its pack, which names it in ``bad_samples``: the pack is then that of
+    the other documents, a dummy where there is none. The plan stays as it is, so nothing hangs on who meets the sample.
     ``audio_window_sec`` (least, most): the attention window of each clip, drawn from (seed, sample id).
     """
 
@@ -38,17 +42,33 @@ class PackBuilder:
     seed: int
 
     def __call__(self, plan: PackPlan) -> Pack:
-        documents = []
+        documents: list[Document] = []
+        bad: list[BadSample] = []
         for planned in plan.documents:
-            document = self.encoder.encode(self.reader.read(planned), planned.start, planned.stop)
-            if document.num_tokens != planned.num_tokens:
-                raise ConfigError(
-                    f"sample {document.sample_id} has {document.num_tokens} tokens, its index {planned.num_tokens}; "
-                    "rebuild the index with `omni-train data index`"
-                )
-            documents.append(document)
-        windows = [self._window(document.sample_id, plan.step) for document in documents for _ in document.mels]
-        return collate(documents, windows, patch_dim=self.encoder.geometry.patch_dim)
+            try:
+                documents.append(self._document(planned))
+            except SampleError as error:
+                bad.append(BadSample(error.shard, error.key, error.offset, error.what))
+        if not documents:
+            pack = dummy_pack(self.encoder.geometry, self.encoder.ids)
+        else:
+            windows = [self._window(document.sample_id, plan.step) for document in documents for _ in document.mels]
+            pack = collate(documents, windows, patch_dim=self.encoder.geometry.patch_dim)
+        pack.bad_samples = bad
+        return pack
+
+    def _document(self, planned: DocumentPlan) -> Document:
+        """Raises SampleError for a sample that cannot be decoded, DataError where shard and index disagree."""
+        sample = self.reader.read(planned)
+        shard, key, offset = self.reader.place(planned)
+        try:
+            return self.encoder.encode(sample, planned.start, planned.stop)
+        except ValueError as error:
+            what = str(error).removeprefix(f"sample {sample.id}: ")
+            if isinstance(error, RangeError):
+                fix = "remove the shard's .idx files: a run writes what is missing"
+                raise DataError.at(shard, offset, what, key=key, fix=fix) from error
+            raise SampleError.at(shard, offset, what, key=key, fix=FIX) from error
 
     def _window(self, sample_id: str, step: int) -> int:
         least, most = self.audio_window_sec
@@ -78,6 +98,7 @@ class DataPipeline:
         self.config = config
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, media_geometry(config.model.vision), config.stage.loss_on.name)
+        self._indexed = SampleCount()
 
     @staticmethod
     def of(config: RunConfig) -> DataPipeline:
@@ -85,12 +106,22 @@ class DataPipeline:
         return DataPipeline(config, load_tokenizer(Path(config.data.tokenizer)))
 
     def indexed(self, source: ShardsConfig) -> list[tuple[str, ShardIndex]]:
-        """(shard, index) of every shard that the source's patterns match, missing indexes built."""
+        """(shard, index) of every shard that the source's patterns match, missing indexes built.
+
+        Bad samples are left out; ``bad_sample_log`` or ``check_bad_samples`` tell whether they are too many.
+        """
         root = Path(self.config.data.root)
         shards = expand([pattern if "://" in pattern else str(root / pattern) for pattern in source.shards])
         describe = Describe(self.config.data.tokenizer, source)
         indexes = ensure_index(shards, describe, fingerprint(self.tokenizer), layout=layout_id(source))
-        return list(zip(map(str, shards), indexes, strict=True))
+        found = list(zip(map(str, shards), indexes, strict=True))
+        for shard, index in found:
+            self._indexed.add(shard, index.num_samples + len(index.bad), index.bad)
+        return found
+
+    def bad_sample_log(self, path: Path) -> BadSampleLog:
+        """The log of a run on everything indexed so far. Raises DataError when that has too many bad samples."""
+        return BadSampleLog(path, self._indexed.bad, self._indexed.allowed(self.config.data.max_bad_samples))
 
     def _source(
         self, name: str, shards: list[tuple[str, ShardIndex]], weight: float = 1.0, max_epochs: float | None = None

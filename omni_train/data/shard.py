@@ -32,19 +32,28 @@ _DATALESS_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
 class DataError(ValueError):
-    """A fault of the data and where it lies: ``shard``, ``key`` ("" unknown) and byte ``offset`` (-1 unknown)."""
+    """A fault of the data and where it lies: ``shard``, ``key`` ("" unknown) and byte ``offset`` (-1 unknown).
 
-    def __init__(self, message: str, *, shard: str = "", key: str = "", offset: int = -1):
+    ``what`` is the message without place and fix.
+    """
+
+    def __init__(self, message: str, *, shard: str = "", key: str = "", offset: int = -1, what: str = ""):
         super().__init__(message)
         self.shard = shard
         self.key = key
         self.offset = offset
+        self.what = what or message
 
     @classmethod
     def at(cls, shard: str | Path, offset: int, what: str, *, key: str = "", fix: str = DEFAULT_FIX) -> DataError:
         """The error "SHARD: sample 'KEY': byte OFFSET: WHAT; FIX"."""
         sample = f"sample {key!r}: " if key else ""
-        return cls(f"{shard}: {sample}byte {offset:,}: {what}; {fix}", shard=str(shard), key=key, offset=offset)
+        message = f"{shard}: {sample}byte {offset:,}: {what}; {fix}"
+        return cls(message, shard=str(shard), key=key, offset=offset, what=what)
+
+
+class SampleError(DataError):
+    """A fault of one sample; the others of its shard can be read."""
 
 
 @dataclass(slots=True)
@@ -64,12 +73,16 @@ class Member:
 
 @dataclass(slots=True)
 class RawSample:
-    """All members of a key. ``offset`` and ``size`` (bytes) are its range in the shard, headers and padding too."""
+    """All members of a key. ``offset`` and ``size`` (bytes) are its range in the shard, headers and padding too.
+
+    ``error`` says what is wrong with its key or extensions; "" when nothing is.
+    """
 
     key: str
     offset: int
     size: int
     members: dict[str, bytes]
+    error: str = ""
 
 
 def split_key(name: str) -> tuple[str, str] | None:
@@ -129,8 +142,8 @@ def scan(path: str | Path) -> Iterator[Member]:
 class SampleScan:
     """The samples of a shard, in order, in one strict sequential pass: iterate once, then read ``crc32`` and ``size``.
 
-    Raises DataError on any damage, on a key that comes back after another key, and on a repeated extension. ``crc32``
-    is of the whole file and ``size`` its bytes; both are 0 before the pass is complete.
+    Raises DataError on any damage. A sample whose key was there before, or with an extension twice, says so in its
+    ``error``. ``crc32`` is of the whole file and ``size`` its bytes; both are 0 before the pass is complete.
     """
 
     def __init__(self, path: str | Path):
@@ -143,8 +156,7 @@ class SampleScan:
         with _open_stream(self.path) as stream:
             for sample in _group(stream, is_whole=True):
                 if sample.key in seen:
-                    what = "this key is already in the shard: members of a sample must be adjacent and keys unique"
-                    raise DataError.at(self.path, sample.offset, what, key=sample.key)
+                    sample.error = "this key is already in the shard: members must be adjacent and keys unique"
                 seen.add(sample.key)
                 yield sample
             self.crc32, self.size = stream.crc, stream.end
@@ -164,6 +176,8 @@ def read_sample(data: bytes, *, key: str = "", shard: str | Path = "<bytes>", of
     if len(samples) != 1 or (key and found[0] != key):
         what = f"expected one sample here, found keys {found}"
         raise DataError.at(shard, offset, what, key=key, fix="the shard changed after it was indexed: index it again")
+    if samples[0].error:
+        raise SampleError.at(shard, offset, samples[0].error, key=samples[0].key)
     return samples[0].members
 
 
@@ -243,8 +257,7 @@ def _group(stream: _Stream, *, is_whole: bool) -> Iterator[RawSample]:
         if sample is None:
             sample = RawSample(key, member.header_offset, 0, {})
         if extension in sample.members:
-            what = f"the sample has two members with extension {extension!r}"
-            raise DataError.at(stream.shard, member.header_offset, what, key=key)
+            sample.error = f"the sample has two members with extension {extension!r}"
         sample.members[extension] = data
         sample.size = member.end - sample.offset
     if sample is not None:

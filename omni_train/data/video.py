@@ -1,7 +1,8 @@
 """Videos: bytes → frames at the times that the planner counted on → patches, and the sound track as a wave.
 
 A video of ``video_grid`` (t, h, w) gives t · temporal_patch_size frames, each the picture that is on screen in the
-middle of its share of the time, so a variable frame rate needs no special case.
+middle of its share of the time, so a variable frame rate needs no special case. A video that its file says is to be
+turned (a phone held upright) is seen upright.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import av
 import numpy as np
@@ -26,22 +27,28 @@ from omni_train.data.media_tokens import (
     MediaGeometry,
     check_aspect_ratio,
     video_grid,
+    video_num_grids,
     video_seconds_per_grid,
 )
 
+_OPTIONS = {"format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"}
+"""What FFmpeg may open, whatever a member is called. Not playlists, which name other files and addresses."""
+_MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+
 
 def video_facts(member: str, data: bytes, with_sound: bool = False) -> MediaFacts:
-    """Size, frames, mean frame rate and length of the sound of a video file, without decoding it.
+    """Size as seen, frames, mean frame rate and length of the sound of a video file; decodes its first frame only.
 
     ``with_sound`` says that the sound is wanted; then a file without any is refused. Raises ValueError for what cannot
     be read.
     """
     with _open(data) as container:
-        return _facts(member, data, container, with_sound)
+        facts = _stored_facts(member, data, container, with_sound)
+        return _seen(facts, _first_quarter_turns(container))
 
 
-def _facts(member: str, data: bytes, container: av.container.InputContainer, with_sound: bool) -> MediaFacts:
-    """``video_facts`` of an open container, whose place in the file does not change."""
+def _stored_facts(member: str, data: bytes, container: av.container.InputContainer, with_sound: bool) -> MediaFacts:
+    """``video_facts`` of frames as stored, from the header of an open container, whose place in the file stays."""
     video = _video_stream(container)
     num_frames, seconds = _frames_and_seconds(data, container, video)
     check_aspect_ratio(video.height, video.width)
@@ -63,6 +70,27 @@ def _facts(member: str, data: bytes, container: av.container.InputContainer, wit
     return facts
 
 
+def _seen(stored: MediaFacts, quarter_turns: int) -> MediaFacts:
+    """The facts with the size that frames have after that many quarter turns."""
+    return replace(stored, width=stored.height, height=stored.width) if quarter_turns % 2 else stored
+
+
+def _first_quarter_turns(container: av.container.InputContainer) -> int:
+    """``_quarter_turns`` of the first frame. Raises ValueError if there is none that can be decoded."""
+    try:
+        first = next(iter(container.decode(_video_stream(container))), None)
+    except av.FFmpegError as error:
+        raise ValueError(f"cannot decode the video: {error}") from error
+    if first is None:
+        raise ValueError("the video has no frame that can be decoded")
+    return _quarter_turns(first)
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Quarter turns counter-clockwise from a frame as stored to as seen: its display matrix, which no header tells."""
+    return round(frame.rotation / 90)
+
+
 @dataclass(slots=True)
 class Video:
     """``patches`` float32 [t*h*w, patch_dim] of a ``grid`` (t, h, w) whose every t spans ``seconds_per_grid``.
@@ -82,12 +110,13 @@ def decode_video(data: bytes, geometry: MediaGeometry, with_sound: bool = False)
     The sound is cut or padded with silence to the length in the header. Raises ValueError for a file that is broken.
     """
     with _open(data) as container:
-        facts = _facts("", data, container, with_sound)
-        grid = video_grid(facts.width, facts.height, facts.num_frames, facts.fps, geometry)
-        seconds = video_seconds_per_grid(facts.num_frames, facts.fps, geometry)
-        num_wanted = grid[0] * geometry.temporal_patch_size
+        stored = _stored_facts("", data, container, with_sound)
+        seconds = video_seconds_per_grid(stored.num_frames, stored.fps, geometry)
+        num_wanted = video_num_grids(stored.num_frames, stored.fps, geometry) * geometry.temporal_patch_size
         times = (np.arange(num_wanted) + 0.5) * seconds / geometry.temporal_patch_size
-        frames, wave = _decode(container, times, facts.num_samples if with_sound else None)
+        frames, quarter_turns, wave = _decode(container, times, stored.num_samples if with_sound else None)
+    facts = _seen(stored, quarter_turns)
+    grid = video_grid(facts.width, facts.height, facts.num_frames, facts.fps, geometry)
     return Video(patchify_frames(frames, grid, geometry), grid, seconds, wave)
 
 
@@ -105,8 +134,8 @@ def patchify_frames(frames: np.ndarray, grid: tuple[int, int, int], geometry: Me
 
 def _decode(
     container: av.container.InputContainer, times: np.ndarray, num_samples: int | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """(``_Screen`` at ``times``, ``_Sound`` of that length or None), packet by packet, no further than needed."""
+) -> tuple[np.ndarray, int, np.ndarray | None]:
+    """(``_Screen`` at ``times``, its quarter turns, ``_Sound`` of that length or None), no further than needed."""
     stream = _video_stream(container)
     screen, sound = _Screen(stream, times), None if num_samples is None else _Sound()
     streams: list[av.VideoStream | av.AudioStream] = [stream]
@@ -125,13 +154,20 @@ def _decode(
                     screen.add(frame)
             elif sound is None:
                 break
+        what = "video"
+        frames = screen.frames()
+        what = "video's sound"
+        wave = None if sound is None else sound.wave(num_samples)
     except av.FFmpegError as error:
         raise ValueError(f"cannot decode the {what}: {error}") from error
-    return screen.frames(), None if sound is None else sound.wave(num_samples)
+    return frames, screen.quarter_turns or 0, wave
 
 
 class _Screen:
-    """The frame on screen at each of ascending ``times`` (seconds from the first), of frames added in order."""
+    """The frame on screen at each of ascending ``times`` (seconds from the first), of frames added in order.
+
+    ``quarter_turns``: those of the first frame, as ``video_facts`` counts them.
+    """
 
     def __init__(self, stream: av.VideoStream, times: np.ndarray) -> None:
         self._times, self._time_base = times, stream.time_base
@@ -139,6 +175,7 @@ class _Screen:
         self._shown: av.VideoFrame | None = None
         self._chosen: list[np.ndarray] = []
         self._reformatter = VideoReformatter()
+        self.quarter_turns: int | None = None
 
     @property
     def is_full(self) -> bool:
@@ -146,12 +183,14 @@ class _Screen:
 
     def add(self, frame: av.VideoFrame) -> None:
         """Takes note that ``frame`` is shown from its time on."""
+        if self.quarter_turns is None:
+            self.quarter_turns = _quarter_turns(frame)
         if frame.pts is not None:
             self._fill(float(frame.pts * self._time_base - self._start))
             self._shown = frame
 
     def frames(self) -> np.ndarray:
-        """RGB uint8 [len(times), height, width, 3]; the last frame stays on screen. Raises ValueError without any."""
+        """RGB uint8 [len(times), height, width, 3], upright; the last one stays. Raises ValueError without any."""
         if self._shown is None:
             raise ValueError("the video has no frame that can be decoded")
         self._fill(math.inf)
@@ -163,8 +202,9 @@ class _Screen:
             return
         # NOTE: one thread; swscale's own count is the machine's, and each frame would wait for all of them.
         pixels = self._reformatter.reformat(self._shown, format="rgb24", threads=1).to_ndarray()
+        upright = np.ascontiguousarray(np.rot90(pixels, _quarter_turns(self._shown)))
         while not self.is_full and self._times[len(self._chosen)] < until:
-            self._chosen.append(pixels)
+            self._chosen.append(upright)
 
 
 class _Sound:
@@ -191,12 +231,28 @@ class _Sound:
 def _open(data: bytes) -> Iterator[av.container.InputContainer]:
     if not data:
         raise ValueError("video is empty (0 bytes)")
+    _check_mp4_is_whole(data)
     try:
-        container = av.open(io.BytesIO(data))
+        container = av.open(io.BytesIO(data), options=_OPTIONS)
     except (av.FFmpegError, ValueError) as error:
-        raise ValueError(f"cannot read video of {len(data):,} bytes: {error}; use mp4") from error
+        raise ValueError(f"cannot read video of {len(data):,} bytes: {error}; use mp4 or webm") from error
     with container:
         yield container
+
+
+def _check_mp4_is_whole(data: bytes) -> None:
+    """Raises ValueError for an mp4 that ends inside one of its boxes. FFmpeg would show its last frame to the end."""
+    at = 0
+    while data[4:8] in _MP4_STARTS and at + 8 <= len(data):
+        size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if at + size > len(data) and name in (b"mdat", b"moov", b"moof"):
+            what = f"its box {name.decode()!r} says {size:,} bytes, {len(data) - at:,} are left"
+            raise ValueError(f"video is cut short: {what}")
+        if size < 8:  # 0: to the end of the file
+            return
+        at += size
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from omni_train.config import ConfigError, Control, RunConfig, ShardsConfig
 from omni_train.data.contracts import DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
+from omni_train.data.index import check_bad_samples
 from omni_train.data.loader import PackReader
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import parallel
@@ -65,6 +66,7 @@ def read_tasks(data: DataPipeline, patterns: dict[str, str], tasks: dict[str, st
     for source in sorted(set(tasks.values())):
         settings = ShardsConfig(shards=[patterns[source]])
         shards = data.indexed(settings)
+        check_bad_samples([index for _, index in shards], data.config.data.max_bad_samples)
         reader = PackReader({source: shards}, {source: settings})
         for number, (_, index) in enumerate(shards):
             for position in range(len(index.samples)):

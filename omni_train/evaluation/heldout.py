@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from omni_train.data.contracts import MODALITIES, Pack, PackPlan
+from omni_train.data.contracts import MODALITIES, BadSample, Pack, PackPlan
 from omni_train.engine.parallel import Ranks, sum_over_ranks
 from omni_train.objectives.next_token import token_losses
 
@@ -23,15 +23,18 @@ def heldout_losses(
     load_pack: Callable[[PackPlan], Pack],
     make_dummy: Callable[[], Pack],
     ranks: Ranks,
-) -> dict[str, float]:
-    """{"loss/<modality>": nats a token, "exact/<modality>": fraction of documents} over all packs.
+) -> tuple[dict[str, float], list[BadSample]]:
+    """(metrics over all packs, the samples that this rank's packs had to leave out).
 
+    Metrics: {"loss/<modality>": nats a token, "exact/<modality>": fraction of documents}.
     Collective: every rank runs equally many forwards (dummies where it has no pack).
     """
     sums = torch.zeros(4, len(MODALITIES), dtype=torch.float64, device=ranks.device)
+    bad: list[BadSample] = []
     for first in range(0, len(plans), ranks.world):
         mine = first + ranks.rank
         pack = (load_pack(plans[mine]) if mine < len(plans) else make_dummy()).to(ranks.device)
+        bad += pack.bad_samples
         output = forward(pack)
         if pack.sample_ids:
             sums += pack_sums(output, len(pack.cu_seqlens) - 1)
@@ -41,7 +44,7 @@ def heldout_losses(
         if sums[1, number] > 0:
             metrics[f"loss/{name}"] = float(sums[0, number] / sums[1, number])
             metrics[f"exact/{name}"] = float(sums[2, number] / sums[3, number])
-    return metrics
+    return metrics, bad
 
 
 def pack_sums(output: dict[str, Tensor], num_documents: int) -> Tensor:

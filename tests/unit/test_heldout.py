@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import Ranks, run_ranks
 
-from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Document, PackPlan
+from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, BadSample, Document, PackPlan
 from omni_train.data.encode import collate
 from omni_train.evaluation.heldout import heldout_losses, pack_sums
 
@@ -59,8 +59,8 @@ def forward(pack):
     return output(logits.tolist(), pack.shift_labels[has_label].tolist(), [0] * count, [TEXT] * count)
 
 
-def evaluate(ranks: Ranks) -> tuple[dict[str, float], int]:
-    """Three packs, labels 0, 1, 0; the metrics, and how many forwards this rank ran."""
+def evaluate(ranks: Ranks) -> tuple[dict[str, float], int, list[str]]:
+    """Three packs, labels 0, 1, 0; the metrics, how many forwards this rank ran, and the keys its packs left out."""
     answers, ran = [0, 1, 0], []
 
     def counted(found):
@@ -73,13 +73,21 @@ def evaluate(ranks: Ranks) -> tuple[dict[str, float], int]:
         return silent
 
     plans = [PackPlan(step, 0, 0, []) for step in range(3)]
-    metrics = heldout_losses(counted, plans, lambda plan: pack(plan.step, answers[plan.step]), dummy, ranks)
-    return metrics, len(ran)
+
+    def load(plan):
+        loaded = pack(plan.step, answers[plan.step])
+        loaded.bad_samples = [BadSample("s", f"k{plan.step}", 0, "bad")]
+        return loaded
+
+    metrics, bad = heldout_losses(counted, plans, load, dummy, ranks)
+    return metrics, len(ran), [sample.key for sample in bad]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_pack_counts_once_and_ranks_run_equally_many_forwards(world):
-    for metrics, forwards in run_ranks(world, evaluate):
+    results = run_ranks(world, evaluate)
+    assert [keys for _, _, keys in results] == {1: [["k0", "k1", "k2"]], 2: [["k0", "k2"], ["k1"]]}[world]
+    for metrics, forwards, _ in results:
         assert metrics == {
             "loss/text": pytest.approx((2 * math.log(4 / 3) + math.log(4)) / 3),
             "exact/text": pytest.approx(2 / 3),

@@ -1,13 +1,14 @@
 """The sidecar index: what it holds, when it is refused, and how shards are named."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from omni_train.data.contracts import MediaFacts, SampleFacts
+from omni_train.data.contracts import BadSample, MediaFacts, SampleFacts
 from omni_train.data.index import (
     ShardIndex,
     build_index,
@@ -98,11 +99,37 @@ def test_check_shard_finds_another_sample_of_the_same_size(tmp_path):
         check_shard(shard)
 
 
-def test_error_of_describe_names_shard_key_and_offset(tmp_path):
-    (shard,) = write_shards(tmp_path, ["a", "bad"])
-    with pytest.raises(DataError, match=r"x-000000\.tar: sample 'k1': byte 2,048: ValueError: a bad text") as info:
-        build_index(shard, describe, "t")
-    assert (info.value.key, info.value.offset) == ("k1", 2048)
+def test_bad_samples_are_kept_apart_with_their_place(tmp_path):
+    (shard,) = write_shards(tmp_path, ["a", "bad", "cc"])
+    built = build_index(shard, describe, "t")
+    assert [facts.key for facts in built.samples] == ["k0", "k2"]
+    assert built.bad == [BadSample(str(shard), "k1", 2048, "a bad text")]
+    save_index(shard, built)
+    assert load_index(shard) == check_shard(shard) == built
+    sidecar = Path(index_path(shard))
+    os.utime(shard, ns=(0, sidecar.stat().st_mtime_ns + 1))
+    with pytest.raises(DataError, match="names 1 bad samples, but the shard was written to since; run"):
+        load_index(shard)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_too_many_bad_samples_stop_after_the_shard_that_passes_a_number(tmp_path, jobs):
+    shards = write_shards(tmp_path, ["bad", "a", "bad", "b", "c", "bad", "d", "e", *"ffff"])
+    with pytest.raises(DataError, match=r"x-000000\.tar: sample 'k2': byte 4,096: .*\(2 bad samples, 1 allowed"):
+        ensure_index(shards, describe, "t", jobs, max_bad_samples=1)
+    if jobs == 1:
+        assert not Path(index_path(shards[1])).exists()
+    for enough in (3, 0.25):
+        assert sum(len(index.bad) for index in ensure_index(shards, describe, "t", jobs, enough)) == 3
+    with pytest.raises(DataError, match=r"x-000001\.tar: sample 'k5': .*\(3 bad samples, 2 allowed"):
+        ensure_index(shards, describe, "t", jobs, max_bad_samples=0.24)  # 2.88 of 12
+
+
+def test_an_index_without_bad_samples_says_nothing_of_them(tmp_path):
+    (shard,) = write_shards(tmp_path, ["a"])
+    save_index(shard, build_index(shard, describe, "t"))
+    head, row = Path(index_path(shard)).read_text().splitlines()
+    assert "bad" not in head and json.loads(row)[:4] == ["k0", 0, 2048, 1]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

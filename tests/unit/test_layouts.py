@@ -280,8 +280,11 @@ def test_an_error_names_shard_sample_byte_and_fix(tmp_path: Path, tokenizer: Pat
     write(tmp_path / "a", [{"jpg": picture(0), "txt": "dog"}, {"jpg": picture(1), "txt": ""}])
     config = configured(tmp_path, tokenizer, {"x": "shards: [a/*.tar], weight: 1, layout: pairs"})
     where = r"a/x-000000\.tar: sample 's001': byte \d,\d{3}: .*member 'txt' is empty; mend the sample, or remove it"
+    data = DataPipeline.of(config)
+    ((_, index),) = data.indexed(config.mixture["x"])
+    assert [facts.key for facts in index.samples] == ["s000"] and [bad.key for bad in index.bad] == ["s001"]
     with pytest.raises(DataError, match=where):
-        DataPipeline.of(config).indexed(config.mixture["x"])
+        data.bad_sample_log(tmp_path / "bad_samples.jsonl")
 
 
 def test_surrounding_white_space_is_no_part_of_an_answer_and_labels_are_kept() -> None:

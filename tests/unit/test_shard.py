@@ -8,7 +8,7 @@ import tarfile
 import pytest
 import webdataset
 
-from omni_train.data.shard import DataError, SampleScan, read_range, read_sample, scan, split_key
+from omni_train.data.shard import DataError, SampleError, SampleScan, read_range, read_sample, scan, split_key
 
 BLOCK = 512
 
@@ -162,14 +162,20 @@ def test_directories_links_and_names_without_extension_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.json", "b.json", "a.txt"], "sample 'a': byte 2,048: this key is already in the shard"),
-        (["a.json", "a.JSON"], "sample 'a': byte 1,024: the sample has two members with extension 'json'"),
+        (["a.json", "b.json", "a.txt"], {("a", 2048): "this key is already in the shard"}),
+        (["b.json", "a.json", "a.JSON"], {("a", 1024): "the sample has two members with extension 'json'"}),
     ],
 )
-def test_duplicates_are_errors(tmp_path, names, message):
+def test_duplicates_are_errors_of_their_sample(tmp_path, names, message):
     path = make_tar(tmp_path / "x.tar", [(name, b"1") for name in names])
-    with pytest.raises(DataError, match=message):
-        list(SampleScan(path))
+    wrong = {(sample.key, sample.offset): sample.error.partition(":")[0] for sample in SampleScan(path) if sample.error}
+    assert wrong == message
+
+
+def test_read_sample_refuses_an_extension_that_comes_twice(tmp_path):
+    data = make_tar(tmp_path / "x.tar", [("a.json", b"1"), ("a.JSON", b"2")]).read_bytes()[: 4 * BLOCK]
+    with pytest.raises(SampleError, match="sample 'a': byte 512: the sample has two members with extension 'json'"):
+        read_sample(data, key="a", shard="x.tar", offset=512)
 
 
 def test_shards_of_webdataset_read_as_webdataset_reads_them(tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,11 @@ from support import (
 )
 
 from omni_train.config import ComponentConfig, Schedule
+from omni_train.data.bad_samples import BadSampleLog
+from omni_train.data.contracts import BadSample
+from omni_train.data.shard import DataError
 from omni_train.data.tokenizer import load_tokenizer, token_ids
+from omni_train.engine import parallel
 from omni_train.engine.deepspeed import GradientGuard, set_learning_rates
 from omni_train.objectives.next_token import Losses, LossTerm
 from omni_train.train import NonFiniteError, StepSums, learning_rate_scale
@@ -135,6 +141,45 @@ def test_a_non_finite_gradient_stops_every_rank_before_the_optimizer():
     assert message.startswith("step 2: loss or gradient is not finite")
     assert "pack 1 of rank 1: step1/3." in message and "rank 0" not in message
     assert is_unmoved and step == 1
+
+
+def left_out(ranks: Ranks, folder: str, path: str, allowed: float):
+    """Two steps; in the first, rank 1's packs left out a sample: the error, whether the weights stayed, the steps done,
+    the samples counted, and the collectives of each step done."""
+    case = Case(kinds=("text",) * 4, world=2)
+    config, ids = run_config_in(case, folder), token_ids(load_tokenizer(folder))
+    trainer = make_trainer(config, ranks, 2)
+    trainer.bad_samples = BadSampleLog(Path(path), [], allowed)
+    before, gather, sums = component_hashes_of(trainer), torch.distributed.all_gather_object, parallel.sum_over_ranks
+    calls: list[str] = []
+    torch.distributed.all_gather_object = lambda *args: (calls.append("gather"), gather(*args))[1]
+    parallel.sum_over_ranks = lambda *args: (calls.append("sum"), sums(*args))[1]
+    error, done = "", []
+    for step in range(2):
+        packs = packs_of_rank(case, config, ids, step, ranks.rank)
+        if ranks.rank == 1 and step == 0:
+            packs[1].bad_samples = [BadSample("s.tar", "k", 512, "broken")]
+        try:
+            trainer.step(packs)
+        except DataError as found:
+            error = str(found)
+            break
+        done.append([*calls])
+        calls.clear()
+    return error, component_hashes_of(trainer) == before, trainer.position.step, trainer.bad_samples.count, done
+
+
+def test_a_sample_left_out_on_one_rank_is_logged_by_all_and_costs_other_steps_nothing(tmp_path):
+    path = tmp_path / "bad_samples.jsonl"
+    found = run_ranks(2, left_out, tokenizer_folder(), str(path), 1)
+    assert found == [("", False, 2, 1, [["sum", "gather", "sum"], ["sum", "sum"]])] * 2
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+
+
+def test_a_sample_left_out_past_the_budget_stops_every_rank_before_the_optimizer(tmp_path):
+    first, second = run_ranks(2, left_out, tokenizer_folder(), str(tmp_path / "bad_samples.jsonl"), 0)
+    assert first == second and first[1:] == (True, 0, 1, [])
+    assert first[0].startswith("s.tar: sample 'k': byte 512: broken; ") and "1 bad sample, 0 allowed" in first[0]
 
 
 def digests(ranks: Ranks, folder: str):
