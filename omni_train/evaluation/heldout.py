@@ -13,7 +13,6 @@ from torch import Tensor
 
 from omni_train.data.contracts import MODALITIES, BadSample, Pack, PackPlan
 from omni_train.engine.parallel import Ranks, sum_over_ranks
-from omni_train.objectives.next_token import token_losses
 
 
 @torch.no_grad()
@@ -51,11 +50,11 @@ def pack_sums(output: dict[str, Tensor], num_documents: int) -> Tensor:
     """[4, M] by modality: loss in nats, labels, documents answered exactly, documents with a label."""
     labels, modality, document = output["labels"], output["modality"], output["document"]
     sums = torch.zeros(4, len(MODALITIES), dtype=torch.float64, device=labels.device)
-    losses = token_losses(output["logits"], labels).double()
+    losses = output["losses"].double()
     sums[0].index_add_(0, modality, losses)
     sums[1].index_add_(0, modality, torch.ones_like(losses))
     wrong = torch.zeros(num_documents, dtype=torch.float64, device=labels.device)
-    wrong.index_add_(0, document, (output["logits"].argmax(-1) != labels).double())
+    wrong.index_add_(0, document, (output["predictions"] != labels).double())
     labelled = torch.zeros(num_documents, dtype=torch.bool, device=labels.device)
     labelled[document] = True
     kind = torch.zeros(num_documents, dtype=torch.long, device=labels.device)

@@ -2,7 +2,7 @@
 caption).
 
     media ─ encoder ─▶ memory [D, S, E] ─┐
-    prompt and answer tokens [D, L] ─────┴─ decoder with cross-attention ─▶ logits where a label is
+    prompt and answer tokens [D, L] ─────┴─ decoder with cross-attention ─▶ losses where a label is
 
 The decoder reads the conversation without its media placeholders, so the question is the task and language prefix. Each
 document of a pack is one row: nothing is shared between documents.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_train.data.contracts import IGNORE_INDEX, Pack
+from omni_train.models.head import VocabularyHead
 from omni_train.models.towers import encode_audio, encode_vision, patch_width, visual_inputs, visual_order
 
 
@@ -40,7 +41,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         width, vocabulary = decoder.config.hidden_size, decoder.config.vocab_size
         self.decoder = decoder
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head = VocabularyHead(nn.Linear(width, vocabulary, bias=False).weight)
         self.ctc_head = nn.Linear(width, CTC_SLOTS * CTC_CLASSES) if has_ctc else None
 
 
@@ -107,8 +108,8 @@ class EncoderDecoder(nn.Module):
         ).last_hidden_state
 
     def forward(self, pack: Pack) -> dict[str, Tensor]:
-        """``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position; with a CTC head also
-        what ``ctc`` returns. A pack without samples has no label."""
+        """``losses`` [K] in nats, ``predictions``, ``labels``, ``document`` and ``modality`` [K] of the position; with
+        a CTC head also what ``ctc`` returns. A pack without samples has no label."""
         if not pack.sample_ids:
             pack = self._dummy(pack)
         memory, memory_mask = self.encode(pack)
@@ -117,11 +118,11 @@ class EncoderDecoder(nn.Module):
         labels, is_token = pad_rows(pack.shift_labels[~self.is_media(pack)], lengths)
         has_label = (labels != IGNORE_INDEX) & is_token
         hidden = self.decode(ids, memory, memory_mask)
-        head = self.text_decoder.head
-        logits = head(hidden[has_label] if has_label.any() else hidden[:1, 0])  # once on every rank, for ZeRO-3
+        losses, predictions = self.text_decoder.head(hidden[has_label], labels[has_label])
         rows = torch.arange(len(lengths), device=ids.device)[:, None].expand_as(labels)
         output = {
-            "logits": logits if has_label.any() else logits[:0] + 0.0 * logits.sum(),
+            "losses": losses,
+            "predictions": predictions,
             "labels": labels[has_label],
             "document": rows[has_label],
             "modality": pack.doc_modality[rows[has_label]],

@@ -1,7 +1,7 @@
 """The Thinker as three steps: encode media → merge into the token embeddings → language model.
 
     MediaTowers(pack) → MediaEmbeds ─┐
-                                     ├→ LanguageModel(pack, media) → logits where a label is
+                                     ├→ LanguageModel(pack, media) → losses where a label is
     token embeddings ────────────────┘
 
 Composed, not one call, so that a stage can hold the towers in a trained engine and the LLM in a frozen one.
@@ -17,6 +17,7 @@ from transformers import Cache
 
 from omni_train.data.contracts import IGNORE_INDEX, Pack
 from omni_train.models.attention import Segments
+from omni_train.models.head import VocabularyHead
 from omni_train.models.moe import RouterTap, router_sums
 from omni_train.models.towers import MediaEmbeds, MediaTowers, visual_order
 
@@ -27,7 +28,7 @@ class LanguageModel(nn.Module):
     def __init__(self, decoder: nn.Module, lm_head: nn.Module, token_ids: tuple[int, int, int]) -> None:
         super().__init__()
         self.model = decoder
-        self.lm_head = lm_head
+        self.lm_head = VocabularyHead(lm_head.weight)
         self.config = decoder.config  # AutoEP reads the number of experts here
         self.audio_token_id, self.image_token_id, self.video_token_id = token_ids
 
@@ -54,10 +55,11 @@ class LanguageModel(nn.Module):
         return embeds, is_visual, [level[order] for level in media.deepstack]
 
     def forward(self, pack: Pack, media: MediaEmbeds | None = None) -> dict[str, Tensor]:
-        """Logits at the labelled positions and the router's sums.
+        """Losses at the labelled positions and the router's sums.
 
-        Returns ``logits`` [K, V], ``labels`` [K], ``document`` and ``modality`` [K] of the position,
-        ``router_probabilities`` [L, E] (with gradient) and ``router_counts`` [L, E], zero for a pack without samples.
+        Returns ``losses`` [K] in nats, ``predictions`` and ``labels`` [K], ``document`` and ``modality`` [K] of the
+        position, ``router_probabilities`` [L, E] (with gradient) and ``router_counts`` [L, E], zero for a pack without
+        samples.
         """
         embeds, is_visual, deepstack = self.merge(pack.input_ids, media)
         lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).tolist()
@@ -74,12 +76,13 @@ class LanguageModel(nn.Module):
         probabilities, counts = router_sums(tap.logits, self.config.num_experts_per_tok)
         is_real = float(len(pack.sample_ids) > 0)
         has_label = pack.shift_labels != IGNORE_INDEX
-        logits = self.lm_head(hidden[has_label] if has_label.any() else hidden[:1])  # once on every rank, for ZeRO-3
+        losses, predictions = self.lm_head(hidden[has_label], pack.shift_labels[has_label])
         document = torch.repeat_interleave(
             torch.arange(len(lengths), device=embeds.device), torch.tensor(lengths, device=embeds.device)
         )
         return {
-            "logits": logits if has_label.any() else logits[:0] + 0.0 * logits.sum(),
+            "losses": losses,
+            "predictions": predictions,
             "labels": pack.shift_labels[has_label],
             "document": document[has_label],
             "modality": pack.doc_modality[document[has_label]],

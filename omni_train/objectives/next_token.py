@@ -45,13 +45,6 @@ def counts(pack: Pack) -> dict[str, int]:
     return {"next_token": int((pack.shift_labels != IGNORE_INDEX).sum()), "router": pack.num_tokens}
 
 
-def token_losses(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
-    """Cross-entropy in nats at each position, [K] float32; 0-weighted placeholder logits give an empty-label zero."""
-    if len(labels_K) == 0:
-        return logits_KV.float().sum()[None] * 0.0
-    return F.cross_entropy(logits_KV.float(), labels_K, reduction="none")
-
-
 def ctc_loss_sum(logits_DSU: Tensor, lengths_D: Tensor, targets_N: Tensor, target_lengths_D: Tensor) -> Tensor:
     """Σ over documents of the CTC loss in nats (Graves et al. 2006) of the targets, concatenated over documents.
 
@@ -80,7 +73,7 @@ def next_token_losses(
 
     ``router_fractions`` [L, E] are the previous step's global expert fractions; None where there is no router.
     """
-    losses = token_losses(output["logits"], output["labels"])
+    losses = output["losses"]
     terms = [LossTerm(engine, "next_token", losses.sum())]
     modality_sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
     if len(output["labels"]):

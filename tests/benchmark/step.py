@@ -80,7 +80,7 @@ class Bare:
         tokens = sum(pack.num_tokens for pack in packs)
         for pack in packs:
             output = self.module(pack)
-            loss = nn.functional.cross_entropy(output["logits"].float(), output["labels"], reduction="sum") / labels
+            loss = output["losses"].sum() / labels
             balance = self.experts * (output["router_probabilities"] / self.experts).sum() / tokens
             (loss + self.coefficient * balance).backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)

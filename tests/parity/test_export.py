@@ -36,8 +36,11 @@ def export_and_run(ranks: Ranks, tokenizer: str, folder: str, yarn_factor: float
     media.mkdir()
     pack = collate([encoder.encode(sample(kind, media)) for kind in KINDS], patch_dim=encoder.geometry.patch_dim)
     pack.shift_labels = torch.zeros_like(pack.shift_labels)  # logits everywhere
+    seen: list[torch.Tensor] = []
+    thinker.llm.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        logits = thinker(pack)["logits"]
+        thinker(pack)
+        logits = thinker.llm.lm_head(seen[0])
     return dict(zip(KINDS, (part.numpy() for part in logits.split(pack.cu_seqlens.diff().tolist())), strict=True))
 
 

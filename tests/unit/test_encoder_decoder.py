@@ -160,8 +160,9 @@ def test_a_pack_of_documents_equals_each_alone(objective):
     with torch.no_grad():
         together = module(collate(found, patch_dim=patch_dim))
         single = [module(collate([document], patch_dim=patch_dim)) for document in found]
-    assert (together["logits"] - torch.cat([out["logits"] for out in single])).abs().max() < 1e-5
-    assert torch.equal(together["labels"], torch.cat([out["labels"] for out in single]))
+    assert (together["losses"] - torch.cat([out["losses"] for out in single])).abs().max() < 1e-5
+    for name in ("labels", "predictions"):
+        assert torch.equal(together[name], torch.cat([out[name] for out in single]))
     counts = [len(out["labels"]) for out in single]
     assert together["document"].tolist() == [n for n, count in enumerate(counts) for _ in range(count)]
     assert counts == [int((document.labels[1:] != IGNORE_INDEX).sum()) for document in found]
@@ -172,7 +173,7 @@ def test_a_pack_without_samples_reaches_every_trained_parameter_with_zero(object
     module, encoder = build(objective)
     output = module(dummy_pack(encoder.geometry, encoder.ids))
     assert len(output["labels"]) == 0
-    loss = output["logits"].sum()
+    loss = output["losses"].sum()
     if "ctc_logits" in output:
         loss = loss + 0.0 * output["ctc_logits"].sum()
     loss.backward()

@@ -17,8 +17,10 @@ TEXT, AUDIO = MODALITIES.index("text"), MODALITIES.index("audio")
 
 
 def output(rows, labels, document, modality):
+    logits = torch.tensor(rows).view(-1, 2)
     return {
-        "logits": torch.tensor(rows).view(-1, 2),
+        "losses": torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="none"),
+        "predictions": logits.argmax(-1),
         "labels": torch.tensor(labels),
         "document": torch.tensor(document),
         "modality": torch.tensor(modality),

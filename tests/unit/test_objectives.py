@@ -6,11 +6,12 @@ import torch
 
 from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Document
 from omni_train.data.encode import collate
-from omni_train.objectives.next_token import counts, ctc_loss_sum, next_token_losses, token_losses
+from omni_train.objectives.next_token import counts, ctc_loss_sum, next_token_losses
 
 
-def output(logits, labels, modality, probabilities=None):
-    values = {"logits": logits, "labels": torch.tensor(labels), "modality": torch.tensor(modality)}
+def output(losses, modality, probabilities=None):
+    labels = torch.zeros(len(losses), dtype=torch.long)
+    values = {"losses": torch.tensor(losses), "labels": labels, "modality": torch.tensor(modality)}
     return {**values, "router_probabilities": probabilities, "router_counts": torch.ones(1, 2)}
 
 
@@ -19,31 +20,10 @@ def document(labels):
     return Document("id", "text", np.arange(length), np.array(labels), np.tile(np.arange(length), (3, 1)))
 
 
-def test_token_losses_are_cross_entropies_in_nats():
-    # Softmax of (0, ln 3) is (1/4, 3/4).
-    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(3.0)], [5.0, 5.0]])
-    losses = token_losses(logits, torch.tensor([0, 1, 1]))
-    assert losses.tolist() == pytest.approx([math.log(4), math.log(4 / 3), math.log(2)])
-
-
-def test_half_precision_logits_are_summed_in_float32():
-    losses = token_losses(torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16), torch.tensor([0]))
-    assert losses.dtype == torch.float32
-    assert losses.item() == pytest.approx(math.log(1 + math.e), rel=1e-6)
-
-
-def test_without_labels_the_loss_is_a_zero_that_reaches_the_logits():
-    weight = torch.ones(1, 3, requires_grad=True)
-    losses = token_losses((weight * 2.0)[:0], torch.zeros(0, dtype=torch.long))
-    losses.sum().backward()
-    assert losses.tolist() == [0.0]
-    assert weight.grad.tolist() == [[0.0, 0.0, 0.0]]
-
-
 def test_terms_are_sums_and_modalities_are_kept_apart():
-    logits = torch.tensor([[0.0, math.log(3.0)]] * 3)
+    losses = [math.log(4), math.log(4 / 3), math.log(4 / 3)]
     audio, video = MODALITIES.index("audio"), MODALITIES.index("video")
-    found = next_token_losses(output(logits, [0, 1, 1], [audio, video, video]), "thinker", None, 0.5)
+    found = next_token_losses(output(losses, [audio, video, video]), "thinker", None, 0.5)
     assert [(t.engine, t.name, t.weight) for t in found.terms] == [("thinker", "next_token", 1.0)]
     assert found.terms[0].sum.item() == pytest.approx(math.log(4) + 2 * math.log(4 / 3))
     assert found.modality_sums[0].tolist() == pytest.approx([0.0, math.log(4), 0.0, 2 * math.log(4 / 3), 0.0])
@@ -54,7 +34,7 @@ def test_router_term_weighs_this_packs_probabilities_with_the_fractions_of_the_s
     # Two layers, two experts, four tokens. 2 experts / 2 layers × (1/4·3 + 3/4·1 + 1/2·2 + 1/2·2) = 3.5.
     probabilities = torch.tensor([[3.0, 1.0], [2.0, 2.0]], requires_grad=True)
     fractions = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    found = next_token_losses(output(torch.zeros(1, 2), [0], [0], probabilities), "llm", fractions, 0.1)
+    found = next_token_losses(output([0.7], [0], probabilities), "llm", fractions, 0.1)
     router = found.terms[1]
     assert (router.engine, router.name, router.weight) == ("llm", "router", 0.1)
     assert router.sum.item() == pytest.approx(3.5)
@@ -63,9 +43,7 @@ def test_router_term_weighs_this_packs_probabilities_with_the_fractions_of_the_s
 
 
 def test_router_term_is_one_a_token_at_balance():
-    found = next_token_losses(
-        output(torch.zeros(1, 2), [0], [0], torch.full((3, 4), 2.5)), "llm", torch.full((3, 4), 0.25), 0.1
-    )
+    found = next_token_losses(output([0.7], [0], torch.full((3, 4), 2.5)), "llm", torch.full((3, 4), 0.25), 0.1)
     assert found.terms[1].sum.item() == pytest.approx(10.0)  # 10 tokens, each 1/4 to each of 4 experts
 
 
