@@ -154,10 +154,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the process's exit status. What a user can mend ends in one message on stderr and status 2."""
-    from omni_train.launching.local import is_launched, prepare_rank, report_failure
+    from omni_train.launching.local import is_launched, prepare_rank, quiet, report_failure
 
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    quiet()
     if is_launched():
         prepare_rank()
     try:

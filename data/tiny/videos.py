@@ -18,8 +18,8 @@ from PIL import Image
 from data.tiny.pictures import SIZE_PX, placed
 from data.tiny.voices import SAMPLE_RATE_HZ, Clip, wave_of
 
-FPS = 8
-NUM_FRAMES = 12
+FPS = 6
+NUM_FRAMES = 9
 AUDIO_BITS = 48_000
 
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -44,7 +44,7 @@ class Film:
 
 
 def render_video(video: Video | Film) -> tuple[bytes, float]:
-    """MP4 bytes (64×64, 8 frames a second, 1.5 s a scene) and the seconds of its sound, which may be longer."""
+    """MP4 bytes (64×64, 6 frames a second, 1.5 s a scene) and the seconds of its sound, which may be longer."""
     scenes = video.scenes if isinstance(video, Film) else (video,)
     frames = [np.asarray(frame) for scene in scenes for frame in _frames(scene)]
     clip = scenes[0].clip

@@ -83,7 +83,6 @@ def import_for_ranks(engine: EngineConfig) -> None:
     """Import what ranks need, so that they start in a fraction of a second. Makes no thread and no device context."""
     os.environ.setdefault("OMP_NUM_THREADS", str(engine.threads))
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for CUDA must not create its context here
-    quiet()
     modules = ["omni_train.train", "omni_train.evaluation.transcription"]
     if engine.device == "cpu":  # on a GPU DeepSpeed's accelerator may look at the device when it is imported
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -126,8 +125,7 @@ def report_failure(message: str) -> None:
 
 
 def prepare_rank() -> None:
-    """Set up a rank: library chatter off, an uncaught exception reported once, its starter's death noticed."""
-    quiet()
+    """Set up a rank: an uncaught exception reported once, its starter's death noticed."""
     sys.excepthook = _report_uncaught
     if sys.platform == "linux" and FAILURES in os.environ:  # a killed starter: save and leave too
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
