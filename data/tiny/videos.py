@@ -72,28 +72,25 @@ def render_video(video: Video | Film) -> tuple[bytes, float]:
 
 
 def _frames(video: Video) -> list[Image.Image]:
+    """The pictures of a video. Place, size and angle at the start do not hang on the motion: one frame tells nothing."""
     rng = random.Random(f"video/{video.seed}")
     colour = tuple(rng.randint(40, 255) for _ in range(3))
-    side_px = SIZE_PX * rng.uniform(0.45, 0.65)
-    slack_px = (SIZE_PX - side_px) / 2
-    x, y = (SIZE_PX / 2 + rng.uniform(-slack_px, slack_px) for _ in range(2))
+    side_px = SIZE_PX * rng.uniform(0.4, 0.55)
+    x, y = (SIZE_PX * rng.uniform(0.38, 0.62) for _ in range(2))
     degrees, way = rng.uniform(-20, 20), rng.choice((-1, 1))
-    span_px, growth = rng.uniform(18, 28), rng.uniform(1.9, 2.5)
-    frames = []
+    span_px, growth = rng.uniform(27, 35), rng.uniform(1.9, 2.5)
     still = placed(video.concept, side_px, degrees)
+    frames = []
     for number in range(NUM_FRAMES):
-        share = number / (NUM_FRAMES - 1) - 0.5  # −0.5 … 0.5
-        image, centre = still, (x, y)
-        if video.motion in STEPS:
-            dx, dy = STEPS[video.motion]
-            start = (SIZE_PX / 2 if dx else x, SIZE_PX / 2 if dy else y)
-            centre = (start[0] + dx * share * span_px, start[1] + dy * share * span_px)
-        elif video.motion == "turns":
+        share = number / (NUM_FRAMES - 1)
+        image, dx, dy = still, *STEPS.get(video.motion, (0, 0))
+        if video.motion == "turns":
             image = placed(video.concept, side_px, degrees + way * 150 * share)
-        else:
+        elif video.motion not in STEPS:
             factor = growth ** (share if video.motion == "grows" else -share)
             image = placed(video.concept, side_px * factor, degrees)
+        left, top = x + dx * share * span_px - image.width / 2, y + dy * share * span_px - image.height / 2
         canvas = Image.new("RGB", (SIZE_PX, SIZE_PX), colour)
-        canvas.paste(image, (round(centre[0] - image.width / 2), round(centre[1] - image.height / 2)), image)
+        canvas.paste(image, (round(left), round(top)), image)
         frames.append(canvas)
     return frames
