@@ -72,7 +72,7 @@ def render_video(video: Video | Film) -> tuple[bytes, float]:
 
 
 def _frames(video: Video) -> list[Image.Image]:
-    """The pictures of a video. Place, size and angle at the start do not hang on the motion: one frame tells nothing."""
+    """The pictures of a video. Place, size and angle at the start do not hang on the motion: a frame tells nothing."""
     rng = random.Random(f"video/{video.seed}")
     colour = tuple(rng.randint(40, 255) for _ in range(3))
     side_px = SIZE_PX * rng.uniform(0.4, 0.55)
