@@ -312,7 +312,9 @@ def stock_inputs(kind: str, media: Path, export: Path, answer: str = ANSWER) -> 
     reason a video's tokens and features are ours where torchvision is missing; its positions are stock's all the same.
     """
     if any(letter in CLIPS for letter in _MEDIA[kind]):
-        document = encoder_of(str(export)).encode(sample(kind, media, answer.removesuffix("<|im_end|>\n")))
+        encoder = encoder_of(str(export))
+        said = sample(kind, media, answer.removesuffix("<|im_end|>\n"))
+        document = encoder.encode(said) if answer else encoder.prompt_and_answer(said)[0]
         if not import_torchvision():
             return processor_inputs(kind, media, export, document, answer)
         return {**stock_arguments(document), "use_audio_in_video": any(document.video_has_sound)}
