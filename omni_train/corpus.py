@@ -9,11 +9,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni_train.config import CONF_DIR, ConfigError, nearest
+from omni_train.config import CONF_DIR, ConfigError, load_corpus, nearest
 
 
-def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) -> Path:
+def prepare_corpus(name: str, out: Path, vocab_size: int | None = None, scale: float = 1.0) -> Path:
     """The folder of the finished corpus, ``scale`` of its full size; ``out/current`` points to it. Cached by content.
+
+    ``vocab_size`` of the tokenizer over its texts; None takes that of conf/corpus/NAME.yaml.
 
     Raises ConfigError for a corpus that data/ does not have, and where a package that it is made from is missing.
     """
@@ -35,7 +37,7 @@ def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) ->
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
         texts = (folder / "tokenizer_texts.txt").read_text(encoding="utf-8").splitlines()
-        train_tokenizer(texts, vocab_size, tokenizer)
+        train_tokenizer(texts, vocab_size or load_corpus(name).vocab_size, tokenizer)
     index_shards(expand([f"{folder}/*/*/*.tar"]), tokenizer)
     link, temporary = out / "current", out / f"current.{os.getpid()}"
     temporary.symlink_to(folder.name)

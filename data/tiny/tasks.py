@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from data.shards import SPLITS, PlannedSample
 from data.tiny import texts
 from data.tiny.pictures import BACKGROUNDS, CONCEPTS, DIGIT_ROWS, Digit, Picture, translations
 from data.tiny.voices import OTHER_LANGS, VARIANTS, Clip, Recording, english_voices, gender
 
-SPLITS = ("train", "validation", "heldout")
 Media = Clip | Recording | Picture | Digit
 
 SPEECH_LICENSE = "CC0-1.0"
@@ -46,14 +45,6 @@ NUM_SAMPLES = {
 
 UNSEEN_PAIRS = frozenset([(a, (3 * a + 1) % 10) for a in range(10)] + [(a, (7 * a + 4) % 10) for a in range(0, 10, 2)])
 """(seen digit, heard digit) whose sum is asked only in held-out and validation, as ``digit_sum_unseen``."""
-
-
-@dataclass(slots=True)
-class PlannedSample:
-    """``KEY.json`` as a dict and what each media member ("a.flac") is to be made from."""
-
-    content: dict
-    media: dict[str, Media] = field(default_factory=dict)
 
 
 class Planner:

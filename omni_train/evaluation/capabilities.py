@@ -6,9 +6,10 @@ Every rank takes its share of the items; with expert parallelism they answer in 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jiwer
@@ -30,23 +31,45 @@ from omni_train.models.weights import load_components, yarn_factor_of
 from omni_train.rollout.generate import greedy
 
 BATCH_TOKENS = 4096
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 48
 CONTROL_ITEMS = 300
 THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
 
 
 @dataclass(slots=True)
 class Answers:
-    """(answer, reference) of every item of a task, and of its control: items with another's media."""
+    """(answer, reference) of every item of a task, and of its control: items with another's media.
+
+    ``langs`` are those of the items in order ("" where a sample names none); the control has the first of them.
+    """
 
     name: str
     pairs: list[tuple[str, str]]
     swapped: list[tuple[str, str]]
     suffix: str = ""
+    langs: list[str] = field(default_factory=list)
 
     def named(self, figure: str) -> str:
         """The name of a figure in results.json: TASK_FIGURE."""
         return f"{self.name}_{figure}{self.suffix}"
+
+    def by_lang(self) -> dict[str, Answers]:
+        """The same answers apart by language."""
+        rows = list(enumerate(self.langs))
+        return {
+            lang: Answers(
+                self.name,
+                [self.pairs[n] for n, own in rows if own == lang],
+                [self.swapped[n] for n, own in rows if own == lang and n < len(self.swapped)],
+                self.suffix,
+            )
+            for lang in sorted(set(self.langs))
+        }
+
+
+def langs_of(samples: list[Sample]) -> list[str]:
+    """The language that each sample names; "" for none."""
+    return [str(sample.content.get("lang", "")) for sample in samples]
 
 
 def load_frozen(config: RunConfig, folder: Path, ranks: Ranks, use_yarn: bool) -> tuple[Thinker, DataPipeline]:
@@ -101,7 +124,7 @@ def swap_media(samples: list[Sample], seed: int = 0) -> list[Sample]:
 
 
 def answer_all(thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks: Ranks) -> list[tuple[str, str]]:
-    """(answer, reference) of this rank's share of the samples. Collective: ranks run equally many batches."""
+    """(answer, reference) of this rank's share of the samples, in order. Collective: ranks run equally many batches."""
     prompts = [encoder.prompt_and_answer(sample) for sample in samples[ranks.rank :: ranks.world]]
     filler = encoder.prompt_and_answer(samples[0])[0]  # for a rank that has run out of samples
     order = sorted(range(len(prompts)), key=lambda n: prompts[n][0].num_tokens)
@@ -109,7 +132,7 @@ def answer_all(thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks:
     size = max(1, BATCH_TOKENS // longest)
     counts = torch.tensor([math.ceil(len(order) / size), size], device=ranks.device)
     dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-    pairs = []
+    found: dict[int, str] = {}
     for batch in range(int(counts[0])):
         chosen = order[batch * size : (batch + 1) * size]
         documents = [prompts[n][0] for n in chosen] or [filler]
@@ -122,9 +145,8 @@ def answer_all(thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks:
             max_new_tokens=MAX_NEW_TOKENS,
             is_open_anywhere=lambda is_open: parallel.any_rank(is_open, ranks.device),
         )
-        texts = [encoder.tokenizer.decode(answer).strip() for answer in answers]
-        pairs += [(text, prompts[n][1].strip()) for n, text in zip(chosen, texts, strict=False)]
-    return pairs
+        found |= {n: encoder.tokenizer.decode(row).strip() for n, row in zip(chosen, answers, strict=False)}
+    return [(found[n], reference.strip()) for n, (_, reference) in enumerate(prompts)]
 
 
 def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
@@ -138,10 +160,10 @@ def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
 
 
 def gather(pairs: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
-    """All ranks' pairs on every rank."""
+    """All ranks' pairs on every rank, in the order of the samples that the ranks took in turn."""
     everything: list = [None] * ranks.world
     dist.all_gather_object(everything, pairs)
-    return [pair for part in everything for pair in part]
+    return [pair for turn in itertools.zip_longest(*everything) for pair in turn if pair is not None]
 
 
 def answer_tasks(
@@ -160,4 +182,4 @@ def answer_tasks(
         pairs = gather(answer_all(thinker, data.encoder, samples, ranks), ranks)
         control = swap_media(samples)[:CONTROL_ITEMS] if with_control else []
         swapped = gather(answer_all(thinker, data.encoder, control, ranks), ranks) if control else []
-        yield Answers(task, pairs, swapped)
+        yield Answers(task, pairs, swapped, langs=langs_of(samples))

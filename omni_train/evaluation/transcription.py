@@ -26,7 +26,7 @@ from omni_train.data.encode import Encoder, collate
 from omni_train.data.pipeline import DataPipeline
 from omni_train.data.tokenizer import load_tokenizer, media_token_ids
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.capabilities import MAX_NEW_TOKENS, Answers, gather, split_tasks
+from omni_train.evaluation.capabilities import MAX_NEW_TOKENS, Answers, gather, langs_of, split_tasks
 from omni_train.models.build import build_decoder, build_encoder
 from omni_train.models.encoder_decoder import EncoderDecoder
 from omni_train.models.weights import load_components
@@ -106,4 +106,4 @@ def transcribe_tasks(
             pairs = gather(part, ranks)
             others = [reference for _, reference in [*pairs[1:], pairs[0]]]
             swapped = [(answer, other) for (answer, _), other in zip(pairs, others, strict=True)]
-            yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s")
+            yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s", langs_of(samples))
