@@ -18,14 +18,24 @@ class Measurement:
 
     ``of`` names another, earlier stage whose export to take. A ``name`` makes it a comparison: its figures are printed
     beside the task's own, as ``TASK_exact/NAME``. ``window_sec`` are the attention windows of an AuT export.
+    ``by_lang`` prints the figures by language too and keeps them in results.json. An answer ends after
+    ``max_new_tokens``.
     """
 
     tasks: list[str]
     of: str = ""
     name: str = ""
     use_yarn: bool = True
+    by_lang: bool = False
+    max_new_tokens: int = 24
     window_sec: list[int] = field(default_factory=list)
     control: Control = Control.media_swapped
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"evaluate.max_new_tokens ({self.max_new_tokens}) must be at least 1")
+        if self.name and self.by_lang:
+            raise ConfigError(f"evaluate.by_lang has no effect on a comparison ('{self.name}'); leave it out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,8 +52,9 @@ class RecipeStage:
 class Recipe:
     """A whole run.
 
-    ``corpus`` names a folder of data/ that is prepared when it is missing; ``tasks`` says which of its sources holds
-    which held-out tasks, {source: [task]}; ``bars`` are printed beside the figures of these names.
+    ``corpus`` names a folder of data/ that is prepared when it is missing, and that every stage takes (conf/corpus/);
+    ``tasks`` says which of its sources holds which held-out tasks, {source: [task]}; ``bars`` are printed beside the
+    figures of these names.
     """
 
     name: str
@@ -104,10 +115,15 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def base_overrides(recipe: Recipe, stage: RecipeStage) -> list[str]:
+    """Hydra overrides that a recipe gives a stage wherever it runs: its corpus, its own, the stage's own."""
+    return [*([f"corpus={recipe.corpus}"] if recipe.corpus else []), *recipe.overrides, *stage.overrides]
+
+
 def stage_overrides(recipe: Recipe, stage: RecipeStage, run_dir: Path, extra: list[str]) -> list[str]:
     """Hydra overrides of one stage of a recipe."""
     init = []
     for component, source in stage.init.items():
         folder = source if Path(source).is_dir() else run_dir / source / "export"
         init.append(f"+init.{component}={folder}")
-    return [*recipe.overrides, *stage.overrides, *extra, *init, f"run_dir={run_dir / stage.stage}"]
+    return [*base_overrides(recipe, stage), *extra, *init, f"run_dir={run_dir / stage.stage}"]

@@ -35,6 +35,32 @@ def test_every_file_of_every_group_composes() -> None:
     assert count == len(list(CONF_DIR.rglob("*.yaml"))) >= 24
 
 
+@pytest.mark.parametrize("name", configuration.available("corpus"))
+def test_one_override_moves_every_stage_to_another_corpus(name: str) -> None:
+    corpus = configuration.load_corpus(name)
+    trained: set[str] = set()
+    for stage in configuration.available():
+        config = load(stage, [f"corpus={name}"])
+        assert config.data.root == corpus.root == f".cache/corpus/{name}/current"
+        assert config.data.tokenizer == f"{corpus.root}/tokenizer"
+        assert config.model.text.vocab_size == corpus.vocab_size
+        sources = {pattern for source in config.mixture.values() for pattern in source.shards}
+        watched = {pattern for source in config.validation.values() for pattern in source.shards}
+        assert {pattern.replace("validation/", "train/") for pattern in watched} == sources
+        trained |= sources
+    folders = {pattern.split("/")[1] for pattern in trained}
+    card = yaml.safe_load((CONF_DIR.parent / "data" / name / "card.yaml").read_text())
+    assert folders == {source for source, (in_train, *_) in card["sources"].items() if in_train}
+
+
+def test_a_corpus_leaves_what_is_overridden_beside_it() -> None:
+    config = load("s2_general", ["corpus=tuxpaint", "mixture=s2", "~validation", "data.root=elsewhere"])
+    assert config.data.tokenizer == "elsewhere/tokenizer" and config.validation == {}
+    assert config.mixture["text"].shards == ["text/*.tar"]
+    with pytest.raises(ConfigError, match="no corpus is called 'tyni'; did you mean 'tiny'"):
+        configuration.load_corpus("tyni")
+
+
 def test_every_recipe_composes_with_all_of_its_stages() -> None:
     paths = sorted(RECIPES.glob("*.yaml"))
     assert len(paths) >= 2
