@@ -29,11 +29,12 @@ TRAIN_EPILOG = """examples:
   omni-train train s2_general                              on the tiny model, two CPU ranks, expert parallelism 2
   omni-train train s2_general engine=cpu1 stage.context=1024 run_dir=runs/mine
   omni-train train s2_general mixture.text.weight=0.3 '+mixture.more={shards: [laion/*.tar], weight: 1, layout: pairs}'
+  omni-train train s2_general corpus=tuxpaint '~validation.text' '+validation.mine={shards: [mine/*.tar]}'
   omni-train train s1_encoders '~stage.components.audio_adapter' +init.all=runs/tiny/s1_adapters/export
   torchrun --nproc-per-node 8 -m omni_train.cli train s2_general model=small engine=zero1_ep8
 
 Killed or stopped, the same command goes on from the newest checkpoint of run_dir. TERM and USR1 save first, then end
-with status 85. Values lie in conf/STAGE.yaml and its groups conf/{model,corpus,mixture,engine}/.
+with status 85. Values lie in conf/STAGE.yaml and its groups conf/{model,corpus,mixture,validation,engine}/.
 """
 
 RUN_EPILOG = """examples:

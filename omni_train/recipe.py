@@ -31,12 +31,6 @@ class Measurement:
     window_sec: list[int] = field(default_factory=list)
     control: Control = Control.media_swapped
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"evaluate.max_new_tokens ({self.max_new_tokens}) must be at least 1")
-        if self.name and self.by_lang:
-            raise ConfigError(f"evaluate.by_lang has no effect on a comparison ('{self.name}'); leave it out")
-
 
 @dataclass(kw_only=True, slots=True)
 class RecipeStage:
@@ -107,6 +101,16 @@ def load_recipe(path: Path) -> Recipe:
         for measurement in stage.evaluate:
             for task in measurement.tasks:
                 recipe.source_of(task)
+            if measurement.max_new_tokens < 1:
+                raise ConfigError(
+                    f"recipe '{path}': {stage.stage}.evaluate.max_new_tokens ({measurement.max_new_tokens}) must be at "
+                    "least 1; leave it out for 24"
+                )
+            if measurement.name and measurement.by_lang:
+                raise ConfigError(
+                    f"recipe '{path}': {stage.stage}.evaluate.by_lang has no effect on the comparison "
+                    f"'{measurement.name}'; leave it out"
+                )
             if measurement.of and measurement.of not in before:
                 raise ConfigError(
                     f"recipe '{path}': {stage.stage}.evaluate takes the export of '{measurement.of}', which is no "

@@ -210,14 +210,13 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CorpusConfig:
-    """A corpus of data/ as conf/corpus/NAME.yaml has it, so that ``corpus=NAME`` alone moves every stage to it.
+    """A corpus of data/ as conf/corpus/NAME.yaml has it.
 
-    ``vocab_size`` is that of the tokenizer trained over its texts; ``validation`` holds each stage's sources.
+    ``corpus=NAME`` alone moves every stage to it: the stages' mixture and validation are ``${corpus}_STAGE``.
     """
 
     root: str
-    vocab_size: int
-    validation: dict[str, dict[str, ShardsConfig]] = field(default_factory=dict)
+    vocab_size: int  # of the tokenizer trained over its texts
 
 
 @dataclass(kw_only=True, slots=True)

@@ -25,7 +25,7 @@ def test_every_stage_composes() -> None:
 
 def test_every_file_of_every_group_composes() -> None:
     groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
-    assert {"model", "mixture", "engine"} <= set(groups)
+    assert {"model", "corpus", "mixture", "validation", "engine"} == set(groups)
     count = len(configuration.available())
     for group in groups:
         for name in configuration.available(group):
@@ -123,6 +123,19 @@ def test_sources_and_components_can_be_added_changed_and_removed() -> None:
         "audio_encoder": 3e-4,
     }
     assert type(config.mixture["more"]) is configuration.SourceConfig
+
+
+@pytest.mark.parametrize("corpus", [[], ["corpus=tuxpaint"]])
+def test_validation_sources_can_be_added_changed_and_removed(corpus: list[str]) -> None:
+    before = load("s2_general", corpus).validation
+    more = "+validation.more={shards: [more/*.tar], layout: pairs, prompt: 'what?'}"
+    after = load("s2_general", [*corpus, "~validation.text", "validation.audio.shards=[mine/*.tar]", more]).validation
+    assert set(after) == set(before) - {"text"} | {"more"}
+    assert {type(source) for source in after.values()} == {configuration.ShardsConfig}
+    assert after["audio"].shards == ["mine/*.tar"] and after["image"] == before["image"]
+    assert (after["more"].layout, after["more"].prompt) == ("pairs", "what?")
+    assert load("s2_general", [*corpus, "~validation", more]).validation == {"more": after["more"]}
+    assert load("s2_general", [*corpus, "validation=tiny_text"]).validation == load("text_pretrain", []).validation
 
 
 def test_nearest_key_prefers_the_owner_that_was_named() -> None:
