@@ -18,6 +18,7 @@ EPILOG = """examples:
   omni-train data prepare tiny                        make the small corpus, its tokenizer and its index
   omni-train run recipes/tiny.yaml                    the whole curriculum; finished stages are skipped
   omni-train train s2_general stage.total_tokens=1e5  one stage with Hydra overrides; the same command resumes it
+  omni-train train s2_general corpus=tuxpaint         the same stage on another corpus of conf/corpus/
   omni-train eval runs/tiny                           held-out capabilities, as the recipe asks
   omni-train report runs/tiny                         report.html and the result table
 
@@ -28,11 +29,12 @@ TRAIN_EPILOG = """examples:
   omni-train train s2_general                              on the tiny model, two CPU ranks, expert parallelism 2
   omni-train train s2_general engine=cpu1 stage.context=1024 run_dir=runs/mine
   omni-train train s2_general mixture.text.weight=0.3 '+mixture.more={shards: [laion/*.tar], weight: 1, layout: pairs}'
+  omni-train train s2_general corpus=tuxpaint '~validation.text' '+validation.mine={shards: [mine/*.tar]}'
   omni-train train s1_encoders '~stage.components.audio_adapter' +init.all=runs/tiny/s1_adapters/export
   torchrun --nproc-per-node 8 -m omni_train.cli train s2_general model=small engine=zero1_ep8
 
 Killed or stopped, the same command goes on from the newest checkpoint of run_dir. TERM and USR1 save first, then end
-with status 85. Values lie in conf/STAGE.yaml and its groups conf/{model,mixture,engine}/.
+with status 85. Values lie in conf/STAGE.yaml and its groups conf/{model,corpus,mixture,validation,engine}/.
 """
 
 RUN_EPILOG = """examples:
@@ -123,9 +125,9 @@ def parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare a corpus, index shards, check shards")
     actions = data.add_subparsers(dest="action", required=True, metavar="action")
     prepare = actions.add_parser("prepare", help="make a corpus of data/, its tokenizer and its index")
-    prepare.add_argument("name", help="a folder of data/, e.g. tiny")
+    prepare.add_argument("name", help="a folder of data/: tiny, tuxpaint")
     prepare.add_argument("--out", help="default .cache/corpus/NAME")
-    prepare.add_argument("--vocab-size", type=int, default=1280)
+    prepare.add_argument("--vocab-size", type=int, help="of its tokenizer; default that of conf/corpus/NAME.yaml")
     what = "write the index beside every shard of a folder"
     index = actions.add_parser("index", help=what, description=what, epilog=INDEX_EPILOG, formatter_class=raw)
     index.add_argument("--tokenizer", required=True, help="a transformers folder")

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omni_train.config import CONF_DIR, ConfigError, LayoutConfig, nearest
+from omni_train.config import CONF_DIR, ConfigError, LayoutConfig, load_corpus, nearest
 
 if TYPE_CHECKING:
     from omni_train.data.index import ShardIndex
 
 
-def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) -> Path:
+def prepare_corpus(name: str, out: Path, vocab_size: int | None = None, scale: float = 1.0) -> Path:
     """The folder of the finished corpus, ``scale`` of its full size; ``out/current`` points to it. Cached by content.
+
+    ``vocab_size`` of the tokenizer over its texts; None takes that of conf/corpus/NAME.yaml.
 
     Raises ConfigError for a corpus that data/ does not have, and where a package that it is made from is missing.
     """
@@ -39,7 +41,7 @@ def prepare_corpus(name: str, out: Path, vocab_size: int, scale: float = 1.0) ->
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
         texts = (folder / "tokenizer_texts.txt").read_text(encoding="utf-8").splitlines()
-        train_tokenizer(texts, vocab_size, tokenizer)
+        train_tokenizer(texts, vocab_size or load_corpus(name).vocab_size, tokenizer)
     index_shards(expand([f"{folder}/*/*/*.tar"]), tokenizer, LayoutConfig())
     link, temporary = out / "current", out / f"current.{os.getpid()}"
     temporary.symlink_to(folder.name)

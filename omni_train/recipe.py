@@ -18,12 +18,16 @@ class Measurement:
 
     ``of`` names another, earlier stage whose export to take. A ``name`` makes it a comparison: its figures are printed
     beside the task's own, as ``TASK_exact/NAME``. ``window_sec`` are the attention windows of an AuT export.
+    ``by_lang`` prints the figures by language too and keeps them in results.json. An answer ends after
+    ``max_new_tokens``.
     """
 
     tasks: list[str]
     of: str = ""
     name: str = ""
     use_yarn: bool = True
+    by_lang: bool = False
+    max_new_tokens: int = 24
     window_sec: list[int] = field(default_factory=list)
     control: Control = Control.media_swapped
 
@@ -42,8 +46,9 @@ class RecipeStage:
 class Recipe:
     """A whole run.
 
-    ``corpus`` names a folder of data/ that is prepared when it is missing; ``tasks`` says which of its sources holds
-    which held-out tasks, {source: [task]}; ``bars`` are printed beside the figures of these names.
+    ``corpus`` names a folder of data/ that is prepared when it is missing, and that every stage takes (conf/corpus/);
+    ``tasks`` says which of its sources holds which held-out tasks, {source: [task]}; ``bars`` are printed beside the
+    figures of these names.
     """
 
     name: str
@@ -96,6 +101,16 @@ def load_recipe(path: Path) -> Recipe:
         for measurement in stage.evaluate:
             for task in measurement.tasks:
                 recipe.source_of(task)
+            if measurement.max_new_tokens < 1:
+                raise ConfigError(
+                    f"recipe '{path}': {stage.stage}.evaluate.max_new_tokens ({measurement.max_new_tokens}) must be at "
+                    "least 1; leave it out for 24"
+                )
+            if measurement.name and measurement.by_lang:
+                raise ConfigError(
+                    f"recipe '{path}': {stage.stage}.evaluate.by_lang has no effect on the comparison "
+                    f"'{measurement.name}'; leave it out"
+                )
             if measurement.of and measurement.of not in before:
                 raise ConfigError(
                     f"recipe '{path}': {stage.stage}.evaluate takes the export of '{measurement.of}', which is no "
@@ -104,10 +119,15 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def base_overrides(recipe: Recipe, stage: RecipeStage) -> list[str]:
+    """Hydra overrides that a recipe gives a stage wherever it runs: its corpus, its own, the stage's own."""
+    return [*([f"corpus={recipe.corpus}"] if recipe.corpus else []), *recipe.overrides, *stage.overrides]
+
+
 def stage_overrides(recipe: Recipe, stage: RecipeStage, run_dir: Path, extra: list[str]) -> list[str]:
     """Hydra overrides of one stage of a recipe."""
     init = []
     for component, source in stage.init.items():
         folder = source if Path(source).is_dir() else run_dir / source / "export"
         init.append(f"+init.{component}={folder}")
-    return [*recipe.overrides, *stage.overrides, *extra, *init, f"run_dir={run_dir / stage.stage}"]
+    return [*base_overrides(recipe, stage), *extra, *init, f"run_dir={run_dir / stage.stage}"]

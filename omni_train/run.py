@@ -20,12 +20,12 @@ from typing import Any
 import yaml
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, RunConfig, to_dict
+from omni_train.config import ConfigError, RunConfig, load_corpus, to_dict
 from omni_train.recipe import RecipeStage, load_recipe, stage_overrides
 
 MAY_CHANGE = (
     *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints"),
-    *("eval_every_steps", "eval_tokens", "validation", "data.num_workers", "data.resume_policy"),
+    *("eval_every_steps", "eval_tokens", "validation", "corpus", "data.num_workers", "data.resume_policy"),
     "data.max_bad_samples",
     *("engine.num_processes", "engine.threads", "engine.timeout_sec", "engine.recompute"),
 )
@@ -147,10 +147,11 @@ def run(path: Path, overrides: list[str]) -> int:
     extra = [o for o in overrides if not o.startswith("run_dir=")]
     arguments = [stage_overrides(recipe, stage, run_dir, extra) for stage in recipe.stages]
     configs = [configuration.load(stage.stage, own) for stage, own in zip(recipe.stages, arguments, strict=True)]
-    if recipe.corpus and any(Path(config.data.root) == corpus_root(recipe.corpus) for config in configs):
+    root = load_corpus(recipe.corpus).root if recipe.corpus else ""
+    if root and any(config.data.root == root for config in configs):
         from omni_train.corpus import prepare_corpus
 
-        prepare_corpus(recipe.corpus, corpus_root(recipe.corpus).parent, 1280)
+        prepare_corpus(recipe.corpus, Path(root).parent)
     for config in configs:  # everything that can be known is checked before the first stage starts
         check_unchanged(config)
         if not (Path(config.run_dir) / "DONE").exists():
@@ -182,11 +183,6 @@ def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: P
     if not status:
         measured.write_text(wanted)
     return status
-
-
-def corpus_root(name: str) -> Path:
-    """Where a recipe's corpus is prepared, as configurations name it in data.root."""
-    return Path(f".cache/corpus/{name}/current")
 
 
 def stage_line(results: dict[str, Any], name: str) -> str:

@@ -40,6 +40,7 @@ from omni_train import train  # noqa: E402
 from omni_train.config import (  # noqa: E402
     AudioModelConfig,
     ComponentConfig,
+    CorpusConfig,
     DataConfig,
     DecoderModelConfig,
     EngineConfig,
@@ -273,6 +274,7 @@ def run_config(case: Case) -> RunConfig:
             zero_stage=case.zero_stage,
             recompute=case.recompute,
         ),
+        corpus=CorpusConfig(root="unused", vocab_size=320),
         run_dir="unused",
     )
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from data.shards import SPLITS, PlannedSample
 from data.tiny import texts
 from data.tiny.pictures import BACKGROUNDS, CONCEPTS, DIGIT_ROWS, Digit, Picture, translations
 from data.tiny.videos import MOTIONS, Film, Video
 from data.tiny.voices import OTHER_LANGS, VARIANTS, Clip, Recording, english_voices, gender
 
-SPLITS = ("train", "validation", "heldout")
 Media = Clip | Recording | Picture | Digit | Video | Film
 
 SPEECH_LICENSE = "CC0-1.0"
@@ -61,14 +60,6 @@ KINDS = {
     Film: ("video", "mp4"),
 }
 """Part type and file extension of each medium."""
-
-
-@dataclass(slots=True)
-class PlannedSample:
-    """``KEY.json`` as a dict and what each media member ("a.flac") is to be made from."""
-
-    content: dict
-    media: dict[str, Media] = field(default_factory=dict)
 
 
 class Planner:

@@ -209,6 +209,17 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CorpusConfig:
+    """A corpus of data/ as conf/corpus/NAME.yaml has it.
+
+    ``corpus=NAME`` alone moves every stage to it: the stages' mixture and validation are ``${corpus}_STAGE``.
+    """
+
+    root: str
+    vocab_size: int  # of the tokenizer trained over its texts
+
+
+@dataclass(kw_only=True, slots=True)
 class EngineConfig:
     """How a step is computed. num_processes counts for local starts only; torchrun's environment wins."""
 
@@ -239,6 +250,7 @@ class RunConfig:
     mixture: dict[str, SourceConfig]
     data: DataConfig
     engine: EngineConfig
+    corpus: CorpusConfig
     run_dir: str
     validation: dict[str, ShardsConfig] = field(default_factory=dict)  # modality-named sources for the held-out loss
     init: dict[str, str] = field(default_factory=dict)  # component → local transformers folder ("all" for every one)
@@ -304,6 +316,16 @@ def load(stage: str, overrides: list[str]) -> RunConfig:
         raise ConfigError(f"{where}: {error.problem}; put texts in quotes, as in prompt: 'what?'") from error
     except (HydraException, OmegaConfBaseException, ValueError, AttributeError) as error:
         raise ConfigError(explain(error)) from error
+
+
+def load_corpus(name: str) -> CorpusConfig:
+    """The values of conf/corpus/NAME.yaml. Raises ConfigError for a name without one."""
+    from omegaconf import OmegaConf
+
+    if name not in available("corpus"):
+        raise ConfigError(f"no corpus is called '{name}'; {nearest(name, available('corpus'))}")
+    values = OmegaConf.load(CONF_DIR / "corpus" / f"{name}.yaml")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), values))  # type: ignore[return-value]
 
 
 def explain(error: BaseException) -> str:

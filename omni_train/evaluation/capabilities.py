@@ -5,9 +5,10 @@ Every rank takes its share of the items; with expert parallelism they answer in 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jiwer
@@ -30,23 +31,44 @@ from omni_train.models.weights import load_components, yarn_factor_of
 from omni_train.rollout.generate import greedy
 
 BATCH_TOKENS = 4096
-MAX_NEW_TOKENS = 24
 CONTROL_ITEMS = 300
 THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
 
 
 @dataclass(slots=True)
 class Answers:
-    """(answer, reference) of every item of a task, and of its control."""
+    """(answer, reference) of every item of a task, and of its control.
+
+    ``langs`` are those of the items in order ("" where a sample names none); the control has the first of them.
+    """
 
     name: str
     pairs: list[tuple[str, str]]
     swapped: list[tuple[str, str]]
     suffix: str = ""
+    langs: list[str] = field(default_factory=list)
 
     def named(self, figure: str) -> str:
         """The name of a figure in results.json: TASK_FIGURE."""
         return f"{self.name}_{figure}{self.suffix}"
+
+    def by_lang(self) -> dict[str, Answers]:
+        """The same answers apart by language."""
+        rows = list(enumerate(self.langs))
+        return {
+            lang: Answers(
+                self.name,
+                [self.pairs[n] for n, own in rows if own == lang],
+                [self.swapped[n] for n, own in rows if own == lang and n < len(self.swapped)],
+                self.suffix,
+            )
+            for lang in sorted(set(self.langs))
+        }
+
+
+def langs_of(samples: list[Sample]) -> list[str]:
+    """The language that each sample names; "" for none."""
+    return [str(sample.content.get("lang", "")) for sample in samples]
 
 
 def load_frozen(config: RunConfig, folder: Path, ranks: Ranks, use_yarn: bool) -> tuple[Thinker, DataPipeline]:
@@ -86,11 +108,16 @@ def split_tasks(data: DataPipeline, tasks: dict[str, str], split: str) -> dict[s
 
 
 def answer_all(
-    thinker: Thinker, encoder: Encoder, samples: list[Sample], ranks: Ranks, control: Control | None = None
+    thinker: Thinker,
+    encoder: Encoder,
+    samples: list[Sample],
+    ranks: Ranks,
+    max_new_tokens: int,
+    control: Control | None = None,
 ) -> list[tuple[str, str]]:
     """(answer, reference) of this rank's share of the samples, or of a control on them.
 
-    Collective: ranks run equally many batches.
+    In the order of the samples. Collective: ranks run equally many batches.
     """
     mine = (without_media(samples, control) if control else samples)[ranks.rank :: ranks.world]
     prompts = [encoder.prompt_and_answer(sample) for sample in mine]
@@ -102,7 +129,7 @@ def answer_all(
     size = max(1, BATCH_TOKENS // longest)
     counts = torch.tensor([math.ceil(len(order) / size), size], device=ranks.device)
     dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-    pairs = []
+    found: dict[int, str] = {}
     for batch in range(int(counts[0])):
         chosen = order[batch * size : (batch + 1) * size]
         documents = [prompts[n][0] for n in chosen] or [filler]
@@ -112,12 +139,11 @@ def answer_all(
             pack,
             thinker.towers(pack),
             stop_id=encoder.ids.im_end,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             is_open_anywhere=lambda is_open: parallel.any_rank(is_open, ranks.device),
         )
-        texts = [encoder.tokenizer.decode(answer).strip() for answer in answers]
-        pairs += [(text, prompts[n][1].strip()) for n, text in zip(chosen, texts, strict=False)]
-    return pairs
+        found |= {n: encoder.tokenizer.decode(row).strip() for n, row in zip(chosen, answers, strict=False)}
+    return [(found[n], reference.strip()) for n, (_, reference) in enumerate(prompts)]
 
 
 def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
@@ -131,10 +157,10 @@ def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
 
 
 def gather(pairs: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
-    """All ranks' pairs on every rank."""
+    """All ranks' pairs on every rank, in the order of the samples that the ranks took in turn."""
     everything: list = [None] * ranks.world
     dist.all_gather_object(everything, pairs)
-    return [pair for part in everything for pair in part]
+    return [pair for turn in itertools.zip_longest(*everything) for pair in turn if pair is not None]
 
 
 def answer_tasks(
@@ -143,6 +169,7 @@ def answer_tasks(
     tasks: dict[str, str],
     split: str,
     ranks: Ranks,
+    max_new_tokens: int,
     *,
     use_yarn: bool = True,
     control: Control | None = None,
@@ -150,8 +177,9 @@ def answer_tasks(
     """Answers of an export to ``tasks`` ({task: source}) of a split, task by task, and of the control. Collective."""
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
     for task, samples in split_tasks(data, tasks, split).items():
-        pairs = gather(answer_all(thinker, data.encoder, samples, ranks), ranks)
+        pairs = gather(answer_all(thinker, data.encoder, samples, ranks, max_new_tokens), ranks)
         swapped = []
         if control:
-            swapped = gather(answer_all(thinker, data.encoder, samples[:CONTROL_ITEMS], ranks, control), ranks)
-        yield Answers(task, pairs, swapped)
+            first = samples[:CONTROL_ITEMS]
+            swapped = gather(answer_all(thinker, data.encoder, first, ranks, max_new_tokens, control), ranks)
+        yield Answers(task, pairs, swapped, langs=langs_of(samples))

@@ -26,7 +26,7 @@ from omni_train.data.encode import Encoder, collate
 from omni_train.data.pipeline import DataPipeline
 from omni_train.data.tokenizer import load_tokenizer, media_token_ids
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.capabilities import MAX_NEW_TOKENS, Answers, gather, split_tasks
+from omni_train.evaluation.capabilities import Answers, gather, langs_of, split_tasks
 from omni_train.models.build import build_decoder, build_encoder
 from omni_train.models.encoder_decoder import EncoderDecoder
 from omni_train.models.weights import load_components
@@ -64,7 +64,12 @@ def _model_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def transcribe_all(
-    model: EncoderDecoder, encoder: Encoder, samples: list[Sample], window_sec: list[int], device: Any = "cpu"
+    model: EncoderDecoder,
+    encoder: Encoder,
+    samples: list[Sample],
+    window_sec: list[int],
+    max_new_tokens: int,
+    device: Any = "cpu",
 ) -> dict[int, list[tuple[str, str]]]:
     """(answer, reference) of every sample in their order, by attention window in seconds."""
     prompts = [encoder.prompt_and_answer(sample) for sample in samples]
@@ -81,14 +86,20 @@ def transcribe_all(
             documents = [prompts[n][0] for n in batch]
             windows = [window for document in documents for _ in document.mels]
             pack = collate(documents, windows, patch_dim=encoder.geometry.patch_dim).to(device)
-            tokens = transcribe(model, pack, stop_id=encoder.ids.im_end, max_new_tokens=MAX_NEW_TOKENS)
+            tokens = transcribe(model, pack, stop_id=encoder.ids.im_end, max_new_tokens=max_new_tokens)
             answers |= {n: encoder.tokenizer.decode(row).strip() for n, row in zip(batch, tokens, strict=True)}
         found[window] = [(answers[n], prompts[n][1].strip()) for n in range(len(prompts))]
     return found
 
 
 def transcribe_tasks(
-    config: RunConfig, folder: Path, tasks: dict[str, str], split: str, window_sec: list[int], ranks: Ranks
+    config: RunConfig,
+    folder: Path,
+    tasks: dict[str, str],
+    split: str,
+    ranks: Ranks,
+    max_new_tokens: int,
+    window_sec: list[int],
 ) -> Iterator[Answers]:
     """Transcripts of an AuT export for ``tasks`` ({task: source}) of a split, named aut_TASK_FIGURE_8s. Collective.
 
@@ -101,9 +112,10 @@ def transcribe_tasks(
     model.to(ranks.device)
     data = DataPipeline(config, tokenizer)
     for task, samples in split_tasks(data, tasks, split).items():
-        mine = transcribe_all(model, data.encoder, samples[ranks.rank :: ranks.world], window_sec, ranks.device)
+        own = samples[ranks.rank :: ranks.world]
+        mine = transcribe_all(model, data.encoder, own, window_sec, max_new_tokens, ranks.device)
         for window, part in mine.items():
             pairs = gather(part, ranks)
             others = [reference for _, reference in [*pairs[1:], pairs[0]]]
             swapped = [(answer, other) for (answer, _), other in zip(pairs, others, strict=True)]
-            yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s")
+            yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s", langs_of(samples))

@@ -1,7 +1,8 @@
 """What a run reached: ``results.json`` in the run folder, and the table printed from it.
 
     {"stages": [{"name", "tokens", "seconds", "tokens_per_second", "loss": {modality: nats}}],
-     "capabilities": {name: value}, "controls": {name: value}, "environment": {...}}
+     "capabilities": {name: value}, "controls": {name: value}, "environment": {...},
+     "by_lang": {name: {language: [value, control]}}}
 
 Fractions lie in 0–1; any other unit is in the name. Written by one rank only.
 """
@@ -68,6 +69,13 @@ def add_capabilities(run_dir: Path, capabilities: dict[str, float], controls: di
     results = load_results(run_dir)
     results["capabilities"] |= capabilities
     results["controls"] |= controls
+    _write(run_dir, results)
+
+
+def add_by_lang(run_dir: Path, figures: dict[str, dict[str, list[float | None]]]) -> None:
+    """Writes {figure: {language: [value, its control or None]}} under ``by_lang``, which no table shows."""
+    results = load_results(run_dir)
+    results["by_lang"] = results.get("by_lang", {}) | figures
     _write(run_dir, results)
 
 

@@ -25,7 +25,7 @@ def test_every_stage_composes() -> None:
 
 def test_every_file_of_every_group_composes() -> None:
     groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
-    assert {"model", "mixture", "engine"} <= set(groups)
+    assert {"model", "corpus", "mixture", "validation", "engine"} == set(groups)
     count = len(configuration.available())
     for group in groups:
         for name in configuration.available(group):
@@ -33,6 +33,32 @@ def test_every_file_of_every_group_composes() -> None:
             load("s2_general", [f"{'' if is_listed else '+'}{group}={name}", "data.lanes=8"])
             count += 1
     assert count == len(list(CONF_DIR.rglob("*.yaml"))) >= 24
+
+
+@pytest.mark.parametrize("name", configuration.available("corpus"))
+def test_one_override_moves_every_stage_to_another_corpus(name: str) -> None:
+    corpus = configuration.load_corpus(name)
+    trained: set[str] = set()
+    for stage in configuration.available():
+        config = load(stage, [f"corpus={name}"])
+        assert config.data.root == corpus.root == f".cache/corpus/{name}/current"
+        assert config.data.tokenizer == f"{corpus.root}/tokenizer"
+        assert config.model.text.vocab_size == corpus.vocab_size
+        sources = {pattern for source in config.mixture.values() for pattern in source.shards}
+        watched = {pattern for source in config.validation.values() for pattern in source.shards}
+        assert {pattern.replace("validation/", "train/") for pattern in watched} == sources
+        trained |= sources
+    folders = {pattern.split("/")[1] for pattern in trained}
+    card = yaml.safe_load((CONF_DIR.parent / "data" / name / "card.yaml").read_text())
+    assert folders == {source for source, (in_train, *_) in card["sources"].items() if in_train}
+
+
+def test_a_corpus_leaves_what_is_overridden_beside_it() -> None:
+    config = load("s2_general", ["corpus=tuxpaint", "mixture=s2", "~validation", "data.root=elsewhere"])
+    assert config.data.tokenizer == "elsewhere/tokenizer" and config.validation == {}
+    assert config.mixture["text"].shards == ["text/*.tar"]
+    with pytest.raises(ConfigError, match="no corpus is called 'tyni'; did you mean 'tiny'"):
+        configuration.load_corpus("tyni")
 
 
 def test_every_recipe_composes_with_all_of_its_stages() -> None:
@@ -97,6 +123,19 @@ def test_sources_and_components_can_be_added_changed_and_removed() -> None:
         "audio_encoder": 3e-4,
     }
     assert type(config.mixture["more"]) is configuration.SourceConfig
+
+
+@pytest.mark.parametrize("corpus", [[], ["corpus=tuxpaint"]])
+def test_validation_sources_can_be_added_changed_and_removed(corpus: list[str]) -> None:
+    before = load("s2_general", corpus).validation
+    more = "+validation.more={shards: [more/*.tar], layout: pairs, prompt: 'what?'}"
+    after = load("s2_general", [*corpus, "~validation.text", "validation.audio.shards=[mine/*.tar]", more]).validation
+    assert set(after) == set(before) - {"text"} | {"more"}
+    assert {type(source) for source in after.values()} == {configuration.ShardsConfig}
+    assert after["audio"].shards == ["mine/*.tar"] and after["image"] == before["image"]
+    assert (after["more"].layout, after["more"].prompt) == ("pairs", "what?")
+    assert load("s2_general", [*corpus, "~validation", more]).validation == {"more": after["more"]}
+    assert load("s2_general", [*corpus, "validation=tiny_text"]).validation == load("text_pretrain", []).validation
 
 
 def test_nearest_key_prefers_the_owner_that_was_named() -> None:

@@ -111,11 +111,11 @@ def test_windows_matter_and_answers_stop(aut):
 def test_transcribe_all_keeps_the_order_of_samples(aut, monkeypatch):
     module, encoder = aut
     monkeypatch.setattr(transcription, "BATCH_FRAMES", 250)
-    found = transcription.transcribe_all(module, encoder, SAMPLES, [8, 1])
+    found = transcription.transcribe_all(module, encoder, SAMPLES, [8, 1], 24)
     assert list(found) == [8, 1]
     for window in (1, 8):
         assert [reference for _, reference in found[window]] == [f"cat {n}" for n in range(5)]
-        singles = [transcription.transcribe_all(module, encoder, [s], [window])[window][0] for s in SAMPLES]
+        singles = [transcription.transcribe_all(module, encoder, [s], [window], 24)[window][0] for s in SAMPLES]
         assert found[window] == singles
 
 
@@ -131,8 +131,8 @@ def test_an_export_transcribes_as_the_module_it_was_written_from(aut, tmp_path):
         "audio_decoder.ctc_head.bias",
     }
     again = Encoder(tokenizer, encoder.geometry)
-    assert transcription.transcribe_all(loaded, again, SAMPLES, [8]) == transcription.transcribe_all(
-        module, encoder, SAMPLES, [8]
+    assert transcription.transcribe_all(loaded, again, SAMPLES, [8], 24) == transcription.transcribe_all(
+        module, encoder, SAMPLES, [8], 24
     )
 
 
@@ -144,7 +144,7 @@ def test_another_folder_is_refused(tmp_path):
 
 def test_a_window_outside_of_what_aut_trains_with_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--window-sec 9 must lie within 1 and 8"):
-        list(transcription.transcribe_tasks(SimpleNamespace(), tmp_path, {}, "heldout", [8, 9], SimpleNamespace()))
+        list(transcription.transcribe_tasks(SimpleNamespace(), tmp_path, {}, "heldout", SimpleNamespace(), 24, [8, 9]))
 
 
 @pytest.mark.parametrize("objective", ["transcription", "captioning"])

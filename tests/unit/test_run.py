@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from omni_train import run as running
-from omni_train.config import ConfigError, RunConfig, load, to_dict
-from omni_train.measure import job_of_export, jobs_of_run
+from omni_train.config import ConfigError, Control, RunConfig, load, to_dict
+from omni_train.evaluation.capabilities import Answers
+from omni_train.measure import job_of_export, jobs_of_run, measure
 from omni_train.recipe import load_recipe, stage_overrides
+from omni_train.reporting.results import load_results
 from omni_train.run import check_unchanged, stage_line, start_stage
 
 
@@ -65,6 +68,8 @@ def test_a_recipe_hands_each_stage_the_exports_it_names(tmp_path: Path) -> None:
         ("overrides: [model", "overides: [model", ["recipe.yaml", "'overides'"]),
         ("- {tasks: [spoken_word]}", "- {tasks: [spoken_wrd]}", ["no task 'spoken_wrd'", "did you mean 'spoken_word'"]),
         ("of: text_pretrain", "of: text_pretrian", ["s2_general.evaluate", "'text_pretrian'", "'text_pretrain'"]),
+        ("name: before", "name: before, by_lang: true", ["recipe.yaml", "s2_general.evaluate.by_lang", "'before'"]),
+        ("name: before", "max_new_tokens: 0", ["recipe.yaml", "evaluate.max_new_tokens (0)", "for 24"]),
     ],
 )
 def test_a_wrong_recipe_names_file_key_and_choice(tmp_path: Path, before: str, after: str, parts: list[str]) -> None:
@@ -175,6 +180,38 @@ def test_one_export_is_measured_by_the_stage_that_wrote_it(tmp_path: Path) -> No
     assert job_of_export(recipe, other, [], **options).config.stage.name == "s2_general"
     with pytest.raises(ConfigError, match="--window-sec has no effect"):
         job_of_export(recipe, other, [], **(options | {"window_sec": [1]}))
+
+
+def test_answers_are_as_long_as_the_recipe_asks(tmp_path: Path) -> None:
+    """24 tokens by default; of one export as many as any measurement of the recipe."""
+    asks_more = TWO_STAGES.replace("name: before", "name: before, max_new_tokens: 48")
+    options = {"stage": None, "tasks": None, "use_yarn": True, "window_sec": None}
+    folder = exported(tmp_path / "run", "s2_general")
+    exported(tmp_path / "run", "text_pretrain")
+    for text, expected in ((TWO_STAGES, [24, 24, 24]), (asks_more, [24, 48, 48])):
+        recipe = load_recipe(write_recipe(tmp_path, text))
+        jobs = [*jobs_of_run(recipe, tmp_path / "run", None, []), job_of_export(recipe, folder, [], **options)]
+        assert [job.measurement.max_new_tokens for job in jobs] == expected
+
+
+def test_measure_writes_figures_by_language_beside_their_controls(tmp_path: Path, monkeypatch) -> None:
+    by_lang = TWO_STAGES.replace("{tasks: [spoken_word]}", "{tasks: [spoken_word], by_lang: true, max_new_tokens: 5}")
+    recipe = load_recipe(write_recipe(tmp_path, by_lang))
+    exported(tmp_path / "run", "s2_general")
+    asked = []
+
+    def answer_tasks(config, folder, tasks, split, ranks, max_new_tokens, *, use_yarn, control):
+        asked.append((tasks, split, max_new_tokens, control))
+        yield Answers("spoken_word", [("un", "un"), ("x", "два")], [("un", "deux")], langs=["fr", "ru"])
+
+    monkeypatch.setattr("omni_train.engine.parallel.start", lambda engine: SimpleNamespace(is_main=True))
+    monkeypatch.setattr("omni_train.engine.parallel.stop", lambda: None)
+    monkeypatch.setattr("omni_train.evaluation.capabilities.answer_tasks", answer_tasks)
+    measure(jobs_of_run(recipe, tmp_path / "run", None, []), "heldout", tmp_path)
+    assert asked == [({"spoken_word": "speech"}, "heldout", 5, Control.media_swapped)]
+    results = load_results(tmp_path)
+    assert results["capabilities"]["spoken_word_exact"] == 0.5 and results["controls"]["spoken_word_exact"] == 0.0
+    assert results["by_lang"]["spoken_word_exact"] == {"fr": [1.0, 0.0], "ru": [0.0, None]}
 
 
 def test_a_measured_stage_is_measured_again_only_when_the_recipe_asks_for_something_else(tmp_path, monkeypatch) -> None:
