@@ -1,4 +1,4 @@
-"""Small mp4 files for tests: what is shown when is known exactly."""
+"""Small media for tests: mp4 files of which it is known exactly what is shown when, and a sample of noise."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import soundfile
+
+from omni_train.data.contracts import Sample
 
 TICKS = Fraction(1000)  # a second
 
@@ -72,3 +75,13 @@ def on_its_side(data: bytes) -> bytes:
     matrix = data.index(b"tkhd") + 4 + 40
     one = 1 << 16
     return data[:matrix] + struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30) + data[matrix + 36 :]
+
+
+def spoken(number: int, answer: str) -> Sample:
+    """A question about 0.4 s of noise and longer, different for each ``number``, and its answer."""
+    rng = np.random.default_rng(number)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, 0.3 * rng.standard_normal(6_000 + 900 * number).astype(np.float32), 16_000, format="flac")
+    parts = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": "what is said?"}]
+    content = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
+    return Sample("speech", "shard", str(number), content, {"a.flac": buffer.getvalue(), "json": b"%d" % number})

@@ -54,13 +54,18 @@ def _with_sound(name: str, data: bytes, other: bytes) -> bytes:
 
 
 def join_streams(pictures: bytes, sound: bytes) -> bytes:
-    """An mp4 of the pictures of one video and the sound of another, copied without decoding."""
+    """An mp4 of the pictures of one video and the sound of another, copied without decoding.
+
+    Raises ValueError where the other has no sound.
+    """
     file = io.BytesIO()
     with (
         av.open(io.BytesIO(pictures)) as seen,
         av.open(io.BytesIO(sound)) as heard,
         av.open(file, "w", format="mp4") as out,
     ):
+        if not heard.streams.audio:
+            raise ValueError("a video without sound has none to swap; measure its task with another control")
         inputs = (seen, seen.streams.video[0]), (heard, heard.streams.audio[0])
         streams = [out.add_stream_from_template(stream) for _, stream in inputs]
         for (container, stream), target in zip(inputs, streams, strict=True):

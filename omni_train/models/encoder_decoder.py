@@ -76,7 +76,15 @@ class EncoderDecoder(nn.Module):
         return torch.isin(pack.input_ids, torch.tensor(self.media_token_ids, device=pack.input_ids.device))
 
     def encode(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Encoder output by document: (memory [D, S, E], mask [D, S]). A document without media has an empty row."""
+        """Encoder output by document: (memory [D, S, E], mask [D, S]). A document without media has an empty row.
+
+        Raises ValueError for a pack with media of the other kind, whose placeholders would be read as text.
+        """
+        num_pictures = len(pack.image_grid_thw) + len(pack.video_grid_thw)
+        if num_pictures if self.kind == "audio" else len(pack.mel_lengths):
+            reads = "transcription reads audio" if self.kind == "audio" else "captioning reads pictures and videos"
+            names = ", ".join(pack.sample_ids)
+            raise ValueError(f"{reads} alone; sample {names}: leave sources with other media out of the mixture")
         counts = self._per_document(pack, self.is_media(pack).long())
         if self.kind == "audio":
             hidden = encode_audio(self.audio_tower, pack.mel, pack.mel_lengths, pack.audio_window_sec)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -33,6 +34,7 @@ from omni_train.config import RunConfig
 from omni_train.data.contracts import IGNORE_INDEX, Document, PackPlan
 from omni_train.data.loader import PackReader
 from omni_train.data.pipeline import DataPipeline
+from omni_train.launching.local import free_port
 
 STEP_OF_RANK = "OMNI_TRAIN_BENCHMARK_RANK"
 
@@ -179,6 +181,7 @@ def turns(config: RunConfig, num_steps: int, num_rounds: int) -> None:
     ours, bare = Ours(config), Bare(config)
     for _ in range(2):  # warm up
         assert ours.step() == bare.step(), "the loops must see the same documents"
+    has_trainer = importlib.util.find_spec("accelerate") is not None
     by_round: list[dict[str, float]] = []
     for number in range(num_rounds):
         at = 2 + number * num_steps
@@ -189,12 +192,17 @@ def turns(config: RunConfig, num_steps: int, num_rounds: int) -> None:
                 started = time.perf_counter()
                 loop.step()
                 seconds[name] += time.perf_counter() - started
-        seconds["stock"] = sum(stock_seconds(config, steps[at - 1 : at + num_steps]))
+        if has_trainer:
+            seconds["stock"] = sum(stock_seconds(config, steps[at - 1 : at + num_steps]))
         by_round.append(seconds)
         print("  " + ", ".join(f"{name} {tokens / value:,.0f} tokens/s" for name, value in seconds.items()), flush=True)
     step_ratio = statistics.median(s["ours"] / s["bare"] for s in by_round)
-    stock_ratio = statistics.median(s["stock"] / s["ours"] for s in by_round)
-    print(f"our step / bare loop {step_ratio:.3f}; our useful tokens/s / transformers' Trainer {stock_ratio:.2f}")
+    print(f"our step / bare loop {step_ratio:.3f}")
+    if has_trainer:
+        stock_ratio = statistics.median(s["stock"] / s["ours"] for s in by_round)
+        print(f"our useful tokens/s / transformers' Trainer {stock_ratio:.2f}")
+    else:
+        print("transformers' Trainer was not measured: it needs `pip install accelerate`")
 
 
 def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: int, num_rounds: int) -> None:
@@ -211,8 +219,6 @@ def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: i
 
 
 def _rate(stage: str, overrides: list[str], world: int, num_steps: int) -> float:
-    from omni_train.launching.local import free_port
-
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     command = [sys.executable, __file__, "--stage", stage, "--steps", str(num_steps), *overrides]
     processes = [
@@ -258,12 +264,11 @@ def main() -> None:
     config = configuration.load(options.stage, own)
     if is_rank:
         return as_rank(config, options.steps)
-    print(
-        f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {options.stage} {own}"
-    )
+    print(f"{options.stage} {' '.join(own)}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
     if options.ranks > 1:
         return ranks_in_turn(options.stage, own, options.ranks, options.steps, options.rounds)
-    torch.set_num_threads(config.engine.threads)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}
     return turns(config, options.steps, options.rounds)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
-import numpy as np
 import pytest
-import soundfile
+from clips import spoken
 from support import Case, Ranks, run_config_in, run_ranks, tokenizer_folder
 
-from omni_train.data.contracts import Sample
 from omni_train.data.encode import Encoder
 from omni_train.data.pipeline import media_geometry
 from omni_train.data.tokenizer import load_tokenizer
@@ -19,15 +15,6 @@ from omni_train.evaluation.capabilities import Answers, answer_all, gather, scor
 from omni_train.models.build import thinker_config
 from omni_train.models.weights import yarn_factor_of
 from omni_train.stage import build_modules
-
-
-def spoken(number: int, answer: str) -> Sample:
-    rng = np.random.default_rng(number)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, 0.3 * rng.standard_normal(6_000 + 900 * number).astype(np.float32), 16_000, format="flac")
-    parts = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": "what is said?"}]
-    content = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
-    return Sample("speech", "shard", str(number), content, {"a.flac": buffer.getvalue(), "json": b"%d" % number})
 
 
 def test_score_by_hand():

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-import soundfile
-from clips import video
+from clips import spoken, video
 from test_video import GEOMETRY, greys
 
 from omni_train.config import Control
 from omni_train.data.contracts import Document, Sample
 from omni_train.data.video import decode_video
 from omni_train.evaluation.controls import without_media, without_motion
-
-
-def spoken(number: int, answer: str) -> Sample:
-    rng = np.random.default_rng(number)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, 0.3 * rng.standard_normal(6_000 + 900 * number).astype(np.float32), 16_000, format="flac")
-    parts = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": "what is said?"}]
-    content = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
-    return Sample("speech", "shard", str(number), content, {"a.flac": buffer.getvalue(), "json": b"%d" % number})
 
 
 def test_a_control_keeps_question_and_reference_and_takes_the_media_of_another():
@@ -93,3 +81,8 @@ def test_other_controls_leave_frames_alone():
     assert without_motion(document, Control.media_swapped, GEOMETRY) is document
     samples = [watched(n, 10, tones=0) for n in range(2)]
     assert without_media(samples, Control.frames_frozen) is samples
+
+
+def test_silent_videos_have_no_sound_to_swap():
+    with pytest.raises(ValueError, match="without sound has none to swap"):
+        without_media([watched(n, 10, tones=0) for n in range(2)], Control.sound_swapped)

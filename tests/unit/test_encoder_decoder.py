@@ -150,10 +150,9 @@ def test_a_window_outside_of_what_aut_trains_with_is_refused(tmp_path):
 @pytest.mark.parametrize("objective", ["transcription", "captioning"])
 def test_a_pack_of_documents_equals_each_alone(objective):
     module, encoder = build(objective)
-    kind = {"transcription": ("audio", "short_audio", "audio"), "captioning": ("video", "image", "video", "image")}[
-        objective
-    ]
-    case = Case(kinds=kind, components=("llm",), documents_per_pack=len(kind))
+    sounds, sights = ("audio", "short_audio", "audio"), ("video", "image", "video", "image")
+    kinds = {"transcription": sounds, "captioning": sights}[objective]
+    case = Case(kinds=kinds, components=("llm",), documents_per_pack=len(kinds))
     config = config_of(objective)
     found = documents(case, config, token_ids(encoder.tokenizer), 0)
     patch_dim = encoder.geometry.patch_dim
@@ -198,3 +197,12 @@ def test_pad_rows_by_hand():
     padded, mask = pad_rows(torch.tensor([1, 2, 3, 4]), [1, 3])
     assert padded.tolist() == [[1, 0, 0], [2, 3, 4]]
     assert mask.tolist() == [[True, False, False], [True, True, True]]
+
+
+def test_a_medium_that_the_encoder_cannot_read_is_refused(aut):
+    """Its placeholders would be read as text."""
+    _, encoder = aut
+    module, _ = build("captioning")
+    pack = collate([encoder.prompt_and_answer(SAMPLES[0])[0]], patch_dim=encoder.geometry.patch_dim)
+    with pytest.raises(ValueError, match="captioning reads pictures and videos alone; sample speech/shard/0"):
+        module(pack)
