@@ -199,6 +199,19 @@ def test_shards_of_webdataset_read_as_webdataset_reads_them(tmp_path):
     assert json.loads(ours[2][1]["json"]) == {"text": "éé"}
 
 
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_name_longer_than_its_header_is_read_whole(form, tmp_path):
+    """The header of the member itself holds the first hundred letters: key and dot are right, the extension is not."""
+    name = f"key.{'long' * 40}.txt"
+    with tarfile.open(tmp_path / "x.tar", "w", format=form) as archive:
+        info = tarfile.TarInfo(name)
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"abc"))
+    (sample,) = SampleScan(tmp_path / "x.tar")
+    data = read_range(tmp_path / "x.tar", sample.offset, sample.size)
+    assert read_sample(data, key="key") == sample.members == {name.removeprefix("key."): b"abc"}
+
+
 def test_crc_is_of_the_whole_file(shard):
     import zlib
 
