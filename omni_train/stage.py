@@ -1,4 +1,4 @@
-"""A stage put together: trained engines by name, frozen models by name, a forward that composes them.
+"""A stage put together: trained engines by name, frozen models by name, a batch source, an objective.
 
 next_token, LLM trained          engine "thinker" (or "llm" when only the LLM trains)
 next_token, LLM frozen (S1)      engine "towers", frozen "llm" under expert parallelism
@@ -8,9 +8,9 @@ transcription, captioning        engine "aut" or "captioner"
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -25,20 +25,51 @@ from omni_train.models.components import Inventory, freeze_all_but
 from omni_train.models.encoder_decoder import EncoderDecoder
 from omni_train.models.thinker import compose
 from omni_train.models.weights import load_components
+from omni_train.objectives.next_token import counts, next_token_losses
+from omni_train.objectives.terms import Losses
 
 TOWER_COMPONENTS = {"audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
 
 
-@dataclass(slots=True)
+class BatchSource(Protocol):
+    """Where the batches of a step come from: the planner's packs, or what the stage makes of them."""
+
+    def next_step(self) -> list[Pack]:
+        """This rank's packs of the next step. Raises OutOfData at the end of the data."""
+        ...
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds besides the engines: tensors and plain values, this rank's own."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def nothing() -> None:
+    """The hook of a stage that has none."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Stage:
-    """What the loop needs of a stage. ``forward`` maps a pack to the model's output; ``engine`` is the trained one."""
+    """What the loop needs of a stage.
+
+    ``losses`` is the objective: the losses of a pack, given the global expert fractions [L, E] of the step before (None
+    without a router); ``counts`` is what a pack adds to the global divisors of its terms, "tokens" among them.
+    ``forward`` maps a pack to the model's output, for held-out losses. ``after_step`` runs when all optimizers moved.
+    """
 
     engines: dict[str, Any]
     frozen: dict[str, nn.Module]
-    engine: str
     forward: Callable[[Pack], dict[str, Tensor]]
+    losses: Callable[[Pack, Tensor | None], Losses]
+    counts: Callable[[Pack], dict[str, int]]
     inventory: list[Inventory]
-    router_shape: tuple[int, int] | None  # layers, experts
+    router_shape: tuple[int, int] | None = None  # layers, experts
+    batches: Callable[[BatchSource], BatchSource] = lambda packs: packs
+    stateful: dict[str, Stateful] = field(default_factory=dict)
+    after_step: Callable[[], None] = nothing
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules of all engines by name."""
@@ -116,10 +147,21 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
             return llm(pack, towers(pack))
     else:
         forward = next(iter(everything.values()))
-    text = config.model.text
-    has_router = config.stage.objective is Objective.next_token
-    shape = (text.num_hidden_layers, text.num_experts) if has_router else None
-    return Stage(engines, frozen, next(iter(engines)), forward, inventory, shape)
+    trained, stage, text = next(iter(engines)), config.stage, config.model.text
+
+    def losses(pack: Pack, fractions: Tensor | None) -> Losses:
+        return next_token_losses(forward(pack), trained, fractions, stage.router_aux_coef, stage.ctc_weight)
+
+    has_router = stage.objective is Objective.next_token
+    return Stage(
+        engines=engines,
+        frozen=frozen,
+        forward=forward,
+        losses=losses,
+        counts=counts,
+        inventory=inventory,
+        router_shape=(text.num_hidden_layers, text.num_experts) if has_router else None,
+    )
 
 
 def enable_recompute(module: nn.Module) -> None:

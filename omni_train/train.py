@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import yaml
 from torch import Tensor
 
 from omni_train.config import RunConfig, Schedule, StageConfig, to_dict
-from omni_train.data.contracts import MODALITIES, BadSample, Pack
+from omni_train.data.contracts import BadSample, Pack
 from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import checkpoint, parallel
@@ -33,7 +33,7 @@ from omni_train.engine.export import export
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.heldout import heldout_losses
 from omni_train.models.moe import expert_health
-from omni_train.objectives.next_token import Losses, counts, next_token_losses
+from omni_train.objectives.terms import Losses
 from omni_train.reporting.metrics import MetricsWriter
 from omni_train.reporting.progress import Progress
 from omni_train.reporting.results import add_stage
@@ -78,18 +78,13 @@ class Trainer:
         self.bad_samples = self.data.bad_sample_log(self.folder / "bad_samples.jsonl")
         micro_batches = math.ceil(config.data.lanes / ranks.world) * config.data.packs_per_lane
         self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
+        self.batches = self.stage.batches(self.loader)
         self.guards = [GradientGuard(engine.module, ranks.device) for engine in self.stage.engines.values()]
         self.position = Position()
         self.is_stopping = False
         self.fractions: Tensor | None = None  # [layers, experts], of the step before
         if self.stage.router_shape is not None:
             self.fractions = torch.full(self.stage.router_shape, 1.0 / self.stage.router_shape[1], device=ranks.device)
-
-    def losses(self, pack: Pack) -> Losses:
-        """The objective on one pack."""
-        output = self.stage.forward(pack)
-        stage = self.config.stage
-        return next_token_losses(output, self.stage.engine, self.fractions, stage.router_aux_coef, stage.ctc_weight)
 
     def step(self, packs: list[Pack], wants_stop: bool = False) -> dict[str, Any]:
         """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
@@ -104,15 +99,13 @@ class Trainer:
         scale = learning_rate_scale(self.config.stage, self.position.tokens)
         for engine in self.stage.engines.values():
             set_learning_rates(engine, self.config.stage.components, scale)
-        sums = StepSums.zeros(self.fractions, self.ranks.device)
+        sums = StepSums()
         bad: list[str] = []
         for number, pack in enumerate(packs):
-            losses = self.losses(pack.to(self.ranks.device))
+            losses = self.stage.losses(pack.to(self.ranks.device), self.fractions)
             is_finite = True
             for name, engine in self.stage.engines.items():
-                loss = torch.stack(
-                    [t.weight * t.sum / divisors[t.name] for t in losses.terms if t.engine == name]
-                ).sum()
+                loss = torch.stack([t.weight * t.sum / divisors[t.per] for t in losses.terms if t.engine == name]).sum()
                 engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
                 is_finite &= bool(loss.isfinite())
             if not is_finite or any(bool(guard.take()) for guard in self.guards):
@@ -122,15 +115,16 @@ class Trainer:
                 self._stop(bad)
             for engine in self.stage.engines.values():
                 engine.step()
+        self.stage.after_step()
         return {**self._finish_step(sums, divisors, scale), "samples": samples}
 
     def _agree(self, packs: list[Pack], *flags: bool) -> tuple[dict[str, float], str, list[bool]]:
         """What all ranks know of a step before it, in one reduction: divisors, samples, each flag if set on one rank.
 
-        Divisors: labels and tokens over all ranks and micro-batches (at least 1). Samples: 14 hex digits that name
+        Divisors: the objective's counts over all ranks and micro-batches (at least 1). Samples: 14 hex digits that name
         their set, a sum of hashes, free of order and of the split into ranks.
         """
-        local = [counts(pack) for pack in packs]
+        local = [self.stage.counts(pack) for pack in packs]
         names = list(local[0])
         hashes = [
             int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
@@ -164,11 +158,10 @@ class Trainer:
     def _finish_step(self, sums: StepSums, divisors: dict[str, float], scale: float) -> dict[str, Any]:
         """Advance the position and the router fractions; metrics of the step."""
         self.position.step += 1
-        self.position.tokens += divisors["router"]
-        metrics: dict[str, Any] = {"loss": sums.loss(), **sums.by_modality()}
+        self.position.tokens += divisors["tokens"]
+        metrics: dict[str, Any] = sums.means(divisors)
         if self.fractions is not None:
-            self.fractions = sums.router_counts / sums.router_counts.sum(-1, keepdim=True).clamp(min=1)
-            metrics["loss/router"] = sums.router / divisors["router"]
+            self.fractions = (sums.router_counts / sums.router_counts.sum(-1, keepdim=True).clamp(min=1)).float()
             metrics |= expert_health(sums.router_counts)
         for engine_name, engine in self.stage.engines.items():
             metrics[f"grad_norm/{engine_name}"] = float(engine.get_global_grad_norm())
@@ -201,13 +194,19 @@ class Trainer:
             "fractions": None if self.fractions is None else self.fractions.tolist(),
         }
         folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.position.step, self.stage.engines, state, self.ranks, self.config.keep_checkpoints)
+        parts = {name: part.state_dict() for name, part in self.stage.stateful.items()}
+        checkpoint.save(
+            folder, self.position.step, self.stage.engines, state, parts, self.ranks, self.config.keep_checkpoints
+        )
 
     def resume(self) -> bool:
         """Continue from the newest committed checkpoint, if there is one."""
-        state = checkpoint.load_newest(self.folder / "checkpoints", self.stage.engines, self.ranks)
-        if state is None:
+        found = checkpoint.load_newest(self.folder / "checkpoints", self.stage.engines, self.ranks)
+        if found is None:
             return False
+        state, parts = found
+        for name, part in self.stage.stateful.items():
+            part.load_state_dict(parts[name])
         self.position = Position(**state["position"])
         changes = self.loader.load_state_dict(state["planner"], self.config.data.resume_policy)
         if self.ranks.is_main and changes:
@@ -220,54 +219,47 @@ class Trainer:
 
 @dataclass(slots=True)
 class StepSums:
-    """Sums over the packs of a step: loss and labels by modality [2, M], router loss, expert assignments [L, E]."""
+    """Sums over the packs of a step: loss terms with what each is divided by, reports, expert assignments [L, E]."""
 
-    modality: Tensor
-    router_loss: Tensor
-    router_counts: Tensor | None
-
-    @staticmethod
-    def zeros(fractions: Tensor | None, device: torch.device) -> StepSums:
-        return StepSums(
-            torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.float64, device=device),
-            None if fractions is None else torch.zeros_like(fractions),
-        )
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    per: dict[str, str] = field(default_factory=dict)
+    reported: dict[str, Tensor] = field(default_factory=dict)
+    router_counts: Tensor | None = None
 
     def add(self, losses: Losses) -> None:
-        self.modality += losses.modality_sums
         for term in losses.terms:
-            if term.name == "router":
-                self.router_loss += term.sum.detach()
-        if self.router_counts is not None:
-            self.router_counts += losses.router_counts
+            self.terms[term.name] = self.terms.get(term.name, 0.0) + term.sum.detach().double()
+            self.per[term.name] = term.per
+        for name, pair in losses.reported.items():
+            self.reported[name] = self.reported.get(name, 0.0) + pair.detach().double()
+        if losses.router_counts is not None:
+            counts = losses.router_counts.double()
+            self.router_counts = counts if self.router_counts is None else self.router_counts + counts
 
     def reduce(self, flag: bool = False) -> bool:
         """Sum over ranks, in one reduction; True on every rank when ``flag`` is true on one."""
-        parts = [self.modality, self.router_loss, torch.tensor(float(flag), device=self.modality.device)]
+        parts = [*self.terms.values(), *self.reported.values()]
         if self.router_counts is not None:
             parts.append(self.router_counts)
-        flat = parallel.sum_over_ranks(torch.cat([part.double().flatten() for part in parts]))
-        modality, router_loss, flags, *rest = flat.split([part.numel() for part in parts])
-        self.modality, self.router_loss = modality.view_as(self.modality), router_loss[0]
-        if self.router_counts is not None:
-            self.router_counts = rest[0].view_as(self.router_counts).to(self.router_counts.dtype)
+        parts.append(torch.tensor(float(flag), dtype=torch.float64, device=parts[0].device))
+        flat = parallel.sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+        *sums, flags = flat.split([part.numel() for part in parts])
+        shaped = iter([new.view_as(part) for new, part in zip(sums, parts, strict=False)])
+        self.terms = {name: next(shaped) for name in self.terms}
+        self.reported = {name: next(shaped) for name in self.reported}
+        self.router_counts = next(shaped, None)
         return bool(flags > 0)
 
-    @property
-    def router(self) -> float:
-        return float(self.router_loss)
-
-    def loss(self) -> float:
-        """Mean cross-entropy in nats a labelled token."""
-        return float(self.modality[0].sum() / self.modality[1].sum().clamp(min=1))
-
-    def by_modality(self) -> dict[str, float]:
-        return {
-            f"loss/{name}": float(self.modality[0, n] / self.modality[1, n])
-            for n, name in enumerate(MODALITIES)
-            if self.modality[1, n] > 0
-        }
+    def means(self, divisors: dict[str, float]) -> dict[str, float]:
+        """Metrics of the step by name in the logs: the first term is ``loss``, reports without a count are left out."""
+        first, *others = self.terms
+        mean = {name: float(total) / divisors[self.per[name]] for name, total in self.terms.items()}
+        ratios = {name: pair.tolist() for name, pair in self.reported.items()}
+        return (
+            {"loss": mean[first]}
+            | {f"loss/{name}": mean[name] for name in others}
+            | {name: total / count for name, (total, count) in ratios.items() if count > 0}
+        )
 
 
 class StopSignal:
@@ -309,7 +301,7 @@ def train(config: RunConfig) -> None:
     while position.tokens < total:
         started = time.perf_counter()
         try:
-            packs = trainer.loader.next_step()
+            packs = trainer.batches.next_step()
         except OutOfData:
             break
         before = position.tokens

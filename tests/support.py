@@ -488,7 +488,7 @@ def _local_counts() -> Iterator[None]:
 
     def local(trainer: train.Trainer, packs: list[Pack], *more: Any) -> tuple:
         divisors, *others = real(trainer, packs, *more)
-        own = [train.counts(pack) for pack in packs]
+        own = [trainer.stage.counts(pack) for pack in packs]
         world = torch.distributed.get_world_size()
         return {name: max(world * sum(c[name] for c in own), 1.0) for name in divisors}, *others
 

@@ -1,6 +1,6 @@
 """Checkpoints that commit atomically: a kill at any point leaves the last committed one loadable.
 
-    tmp_step_N/<engine>/...  trainer.json  → fsync → COMMIT → fsync → rename to step_N → fsync of the parent
+    tmp_step_N/<engine>/...  trainer.json  rank_R.pt  → fsync → COMMIT → fsync → rename to step_N → fsync of the parent
 
 Nothing but a ``step_*`` folder holding ``COMMIT`` is ever loaded; what a kill left half-written is removed at the next
 start and at the next save.
@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from omni_train.config import ConfigError
@@ -29,8 +30,20 @@ def fsync_tree(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save(folder: Path, step: int, engines: dict[str, Any], state: dict[str, Any], ranks: Ranks, keep: int) -> Path:
-    """Write and commit checkpoint ``step`` of the trained engines and the trainer's state; keep the newest ``keep``."""
+def save(
+    folder: Path,
+    step: int,
+    engines: dict[str, Any],
+    state: dict[str, Any],
+    parts: dict[str, dict[str, Any]],
+    ranks: Ranks,
+    keep: int,
+) -> Path:
+    """Write and commit checkpoint ``step``; keep the newest ``keep``.
+
+    It holds the trained engines, the trainer's ``state`` (JSON, alike on all ranks), and ``parts`` (by name, tensors
+    and plain values, this rank's own).
+    """
     temporary, final = folder / f"tmp_step_{step:08d}", folder / f"step_{step:08d}"
     if ranks.is_main:
         remove_leftovers(folder)
@@ -38,6 +51,8 @@ def save(folder: Path, step: int, engines: dict[str, Any], state: dict[str, Any]
     dist.barrier()
     for name, engine in engines.items():
         engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+    if parts:
+        torch.save(parts, temporary / f"rank_{ranks.rank}.pt")
     dist.barrier()
     if ranks.is_main:
         (temporary / "trainer.json").write_text(json.dumps(state))
@@ -77,8 +92,10 @@ def committed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / "COMMIT").exists())
 
 
-def load_newest(folder: Path, engines: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
-    """Load the newest committed checkpoint into the engines and return the trainer's state; None when there is none.
+def load_newest(
+    folder: Path, engines: dict[str, Any], ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
+    """Load the newest committed checkpoint into the engines; returns (state, parts) of ``save``, None without one.
 
     Rank 0 chooses, so that ranks cannot disagree.
     """
@@ -100,4 +117,5 @@ def load_newest(folder: Path, engines: dict[str, Any], ranks: Ranks) -> dict[str
         loaded, _ = engine.load_checkpoint(str(path), tag=name)
         if loaded is None:
             raise ConfigError(f"checkpoint '{path}' holds no state of engine '{name}'")
-    return state
+    own = path / f"rank_{ranks.rank}.pt"
+    return state, torch.load(own, weights_only=True) if own.exists() else {}

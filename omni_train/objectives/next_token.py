@@ -6,43 +6,20 @@ K labelled positions, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Pack
 from omni_train.models.moe import balance_loss_sum
-
-
-@dataclass(slots=True)
-class LossTerm:
-    """One summand of a trained engine's loss: ``weight`` × ``sum`` / (global count of ``name``)."""
-
-    engine: str
-    name: str
-    sum: Tensor
-    weight: float = 1.0
-
-
-@dataclass(slots=True)
-class Losses:
-    """What an objective returns for one pack: the terms to train on, and sums to report.
-
-    ``modality_sums`` [2, M]: loss in nats and number of labels by modality. ``router_counts`` [L, E] or None.
-    """
-
-    terms: list[LossTerm]
-    modality_sums: Tensor
-    router_counts: Tensor | None = None
+from omni_train.objectives.terms import Losses, LossTerm
 
 
 def counts(pack: Pack) -> dict[str, int]:
     """Counts that a pack adds to the global divisors. A pack without samples adds nothing."""
     if not pack.sample_ids:
-        return {"next_token": 0, "router": 0}
-    return {"next_token": int((pack.shift_labels != IGNORE_INDEX).sum()), "router": pack.num_tokens}
+        return {"labels": 0, "tokens": 0}
+    return {"labels": int((pack.shift_labels != IGNORE_INDEX).sum()), "tokens": pack.num_tokens}
 
 
 def ctc_loss_sum(logits_DSU: Tensor, lengths_D: Tensor, targets_N: Tensor, target_lengths_D: Tensor) -> Tensor:
@@ -74,19 +51,20 @@ def next_token_losses(
     ``router_fractions`` [L, E] are the previous step's global expert fractions; None where there is no router.
     """
     losses = output["losses"]
-    terms = [LossTerm(engine, "next_token", losses.sum())]
-    modality_sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
+    terms = [LossTerm(engine, "next_token", losses.sum(), "labels")]
+    by_modality = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
     if len(output["labels"]):
-        modality_sums[0].index_add_(0, output["modality"], losses.detach().double())
-        modality_sums[1].index_add_(0, output["modality"], torch.ones_like(losses, dtype=torch.float64))
+        by_modality[0].index_add_(0, output["modality"], losses.detach().double())
+        by_modality[1].index_add_(0, output["modality"], torch.ones_like(losses, dtype=torch.float64))
     if router_fractions is not None:
         aux = balance_loss_sum(output["router_probabilities"], router_fractions)
-        terms.append(LossTerm(engine, "router", aux, router_aux_coef))
+        terms.append(LossTerm(engine, "router", aux, "tokens", router_aux_coef))
     if ctc_weight > 0:
         targets = output["ctc_targets"], output["ctc_target_lengths"]
         if len(targets[0]):
             ctc = ctc_loss_sum(output["ctc_logits"], output["ctc_lengths"], *targets)
         else:
             ctc = output["ctc_logits"].sum() * 0.0
-        terms.append(LossTerm(engine, "next_token", ctc, ctc_weight))
-    return Losses(terms, modality_sums, output.get("router_counts"))
+        terms.append(LossTerm(engine, "ctc", ctc, "labels", ctc_weight))
+    reported = {f"loss/{name}": by_modality[:, number] for number, name in enumerate(MODALITIES)}
+    return Losses(terms, reported, output.get("router_counts"))

@@ -43,12 +43,16 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save(folder: Path, step: int, keep: int = 2, world: int = 1) -> Path:
-    return checkpoint.save(folder, step, {"thinker": FileEngine(step)}, {"world": world, "step": step}, MAIN, keep)
+    engines, state = {"thinker": FileEngine(step)}, {"world": world, "step": step}
+    return checkpoint.save(folder, step, engines, state, {"buffer": {"codes": torch.arange(step)}}, MAIN, keep)
 
 
 def load(folder: Path) -> tuple[dict[str, Any] | None, int]:
     engine = FileEngine(-1)
-    return checkpoint.load_newest(folder, {"thinker": engine}, MAIN), engine.value
+    found = checkpoint.load_newest(folder, {"thinker": engine}, MAIN)
+    if found is not None:
+        assert found[1]["buffer"]["codes"].tolist() == list(range(engine.value))
+    return found and found[0], engine.value
 
 
 def test_the_newest_committed_one_is_loaded_and_old_ones_go(tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ def test_terms_are_sums_and_modalities_are_kept_apart():
     losses = [math.log(4), math.log(4 / 3), math.log(4 / 3)]
     audio, video = MODALITIES.index("audio"), MODALITIES.index("video")
     found = next_token_losses(output(losses, [audio, video, video]), "thinker", None, 0.5)
-    assert [(t.engine, t.name, t.weight) for t in found.terms] == [("thinker", "next_token", 1.0)]
+    assert [(t.engine, t.name, t.per, t.weight) for t in found.terms] == [("thinker", "next_token", "labels", 1.0)]
     assert found.terms[0].sum.item() == pytest.approx(math.log(4) + 2 * math.log(4 / 3))
-    assert found.modality_sums[0].tolist() == pytest.approx([0.0, math.log(4), 0.0, 2 * math.log(4 / 3), 0.0])
-    assert found.modality_sums[1].tolist() == [0.0, 1.0, 0.0, 2.0, 0.0]
+    sums, labels = torch.stack([found.reported[f"loss/{name}"] for name in MODALITIES], dim=1)
+    assert sums.tolist() == pytest.approx([0.0, math.log(4), 0.0, 2 * math.log(4 / 3), 0.0])
+    assert labels.tolist() == [0.0, 1.0, 0.0, 2.0, 0.0]
 
 
 def test_router_term_weighs_this_packs_probabilities_with_the_fractions_of_the_step_before():
@@ -36,7 +37,7 @@ def test_router_term_weighs_this_packs_probabilities_with_the_fractions_of_the_s
     fractions = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     found = next_token_losses(output([0.7], [0], probabilities), "llm", fractions, 0.1)
     router = found.terms[1]
-    assert (router.engine, router.name, router.weight) == ("llm", "router", 0.1)
+    assert (router.engine, router.name, router.per, router.weight) == ("llm", "router", "tokens", 0.1)
     assert router.sum.item() == pytest.approx(3.5)
     router.sum.backward()
     assert probabilities.grad.tolist() == [[0.25, 0.75], [0.5, 0.5]]
@@ -50,13 +51,13 @@ def test_router_term_is_one_a_token_at_balance():
 def test_counts_are_labels_and_tokens():
     # The label at a document's first token is nobody's target; −100 is none.
     pack = collate([document([7, 8, IGNORE_INDEX, 9]), document([IGNORE_INDEX, 5])])
-    assert counts(pack) == {"next_token": 3, "router": 6}
+    assert counts(pack) == {"labels": 3, "tokens": 6}
 
 
 def test_a_pack_without_samples_counts_nothing():
     pack = collate([document([7, 8])])
     pack.sample_ids = []
-    assert counts(pack) == {"next_token": 0, "router": 0}
+    assert counts(pack) == {"labels": 0, "tokens": 0}
 
 
 def test_ctc_sums_over_all_alignments_and_leaves_out_what_does_not_fit():

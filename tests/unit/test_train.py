@@ -25,7 +25,7 @@ from omni_train.data.shard import DataError
 from omni_train.data.tokenizer import load_tokenizer, token_ids
 from omni_train.engine import parallel
 from omni_train.engine.deepspeed import GradientGuard, set_learning_rates
-from omni_train.objectives.next_token import Losses, LossTerm
+from omni_train.objectives.terms import Losses, LossTerm
 from omni_train.train import NonFiniteError, StepSums, learning_rate_scale
 
 
@@ -68,42 +68,50 @@ def test_each_group_gets_its_components_rate():
 
 
 def losses(nats, labels, router, assignments):
-    terms = [LossTerm("thinker", name, torch.tensor(s)) for name, s in (("next_token", sum(nats)), ("router", router))]
-    sums = torch.tensor([nats, labels], dtype=torch.float64)
-    return Losses(terms, sums, torch.tensor(assignments))
+    """An objective's answer for a pack: ``nats`` over ``labels`` of text, audio and image, router loss and counts."""
+    reported = {
+        f"loss/{name}": torch.tensor(pair) for name, *pair in zip(("text", "audio", "image"), nats, labels, strict=True)
+    }
+    terms = [
+        LossTerm("thinker", "next_token", torch.tensor(sum(nats)), "labels"),
+        LossTerm("thinker", "router", torch.tensor(router), "tokens", 0.1),
+    ]
+    return Losses(terms, reported, None if assignments is None else torch.tensor(assignments))
 
 
-def two_packs(fractions):
-    sums = StepSums.zeros(fractions, torch.device("cpu"))
-    sums.add(losses([6.0, 0.0, 3.0, 0.0, 0.0], [2, 0, 1, 0, 0], 5.0, [[1.0, 3.0]]))
-    sums.add(losses([1.0, 0.0, 0.0, 0.0, 0.0], [2, 0, 0, 0, 0], 7.0, [[2.0, 2.0]]))
+def two_packs():
+    sums = StepSums()
+    sums.add(losses([6.0, 0.0, 3.0], [2, 0, 1], 5.0, [[1.0, 3.0]]))
+    sums.add(losses([1.0, 0.0, 0.0], [2, 0, 0], 7.0, [[2.0, 2.0]]))
     return sums
 
 
 def test_step_sums_weigh_tokens_not_packs():
-    sums = two_packs(torch.zeros(1, 2))
-    assert sums.loss() == 2.0  # 10 nats over 5 labels; the mean of the packs' means would be 1.75
-    assert sums.by_modality() == {"loss/text": 1.75, "loss/image": 3.0}
-    assert sums.router == 12.0
+    sums = two_packs()
+    found = sums.means({"labels": 5.0, "tokens": 8.0})
+    # 10 nats over 5 labels; the mean of the packs' means would be 1.75.
+    assert found == {"loss": 2.0, "loss/router": 1.5, "loss/text": 1.75, "loss/image": 3.0}
     assert sums.router_counts.tolist() == [[3.0, 5.0]]
 
 
 def test_step_sums_without_router_or_labels():
-    sums = StepSums.zeros(None, torch.device("cpu"))
-    assert (sums.loss(), sums.by_modality(), sums.router_counts) == (0.0, {}, None)
+    sums = StepSums()
+    sums.add(losses([0.0] * 3, [0] * 3, 0.0, None))
+    assert sums.means({"labels": 1.0, "tokens": 1.0}) == {"loss": 0.0, "loss/router": 0.0}
+    assert sums.router_counts is None
 
 
 def reduced(ranks: Ranks):
-    sums = two_packs(torch.zeros(1, 2))
+    sums = two_packs()
     if ranks.rank == 1:  # this rank has audio besides
-        sums.add(losses([0.0, 8.0, 0.0, 0.0, 0.0], [0, 2, 0, 0, 0], 1.0, [[0.0, 1.0]]))
-    assert sums.reduce(ranks.rank == 1) and not two_packs(None).reduce()
-    return sums.loss(), sums.by_modality(), sums.router, sums.router_counts.tolist()
+        sums.add(losses([0.0, 8.0, 0.0], [0, 2, 0], 1.0, [[0.0, 1.0]]))
+    assert sums.reduce(ranks.rank == 1) and not two_packs().reduce()
+    return sums.means({"labels": 12.0, "tokens": 10.0}), sums.router_counts.tolist()
 
 
 def test_step_sums_over_ranks():
-    expected = (28 / 12, {"loss/text": 1.75, "loss/audio": 4.0, "loss/image": 3.0}, 25.0, [[6.0, 11.0]])
-    assert run_ranks(2, reduced) == [expected] * 2
+    means = {"loss": 28 / 12, "loss/router": 2.5, "loss/text": 1.75, "loss/audio": 4.0, "loss/image": 3.0}
+    assert run_ranks(2, reduced) == [(means, [[6.0, 11.0]])] * 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
