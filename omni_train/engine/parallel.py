@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omni_train.config import EngineConfig
+from omni_train.engine import shared_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,12 @@ def start(engine: EngineConfig) -> Ranks:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     timeout = datetime.timedelta(seconds=engine.timeout_sec)
-    backend = "gloo" if engine.device == "cpu" else "nccl"
+    backend = "nccl" if engine.device == "cuda" else "gloo"
+    if engine.device == "cpu" and shared_memory.is_usable(world):
+        backend = shared_memory.NAME
+        bind_to_processors(local_rank, world)
     if not dist.is_initialized():
+        shared_memory.register()
         # NOTE: a store of our own with a prefix per attempt: torchrun's restarts reuse stale gloo addresses.
         store = dist.PrefixStore(
             f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
@@ -60,6 +65,17 @@ def start(engine: EngineConfig) -> Ranks:
         deepspeed.init_distributed(backend, verbose=False)
     device = torch.device("cpu") if engine.device == "cpu" else torch.device("cuda", local_rank)
     return Ranks(rank, world, local_rank, device)
+
+
+def bind_to_processors(rank: int, world: int) -> None:
+    """Keep this process and its children on its share of the machine's processors, where there are enough.
+
+    Ranks that wait for each other are else put on one processor, again and again: a reduction took ten times as long.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    share = len(processors) // world
+    if world > 1 and share:
+        os.sched_setaffinity(0, processors[rank * share : (rank + 1) * share])
 
 
 def stop() -> None:
