@@ -38,12 +38,12 @@ NUM_SAMPLES = {
     "digit_sum": (14, 3, 6),  # times each pair
     "digit_sum_unseen": (0, 14, 34),  # times each pair
     "long_audio_find": (900, 200, 500),
-    "video_motion": (180, 20, 75),  # times each motion
+    "video_motion": (450, 20, 75),  # times each motion
     "video_name": (10, 2, 3),  # times each concept
     "video_audio": (22, 3, 7),  # times each concept, named by the voice and not
     "video_said": (6, 2, 3),  # times each concept
     "long_video_order": (200, 40, 100),
-    "exercise_rounds": (1000, 25, 40),  # of 24 dialogues
+    "exercise_rounds": (1000, 25, 40),  # of 26 dialogues
     "text_sum": (25, 1, 2),  # times each sum
     "stories": (600, 50, 100),
 }

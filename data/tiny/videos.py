@@ -49,17 +49,18 @@ def render_video(video: Video | Film) -> tuple[bytes, float]:
     frames = [np.asarray(frame) for scene in scenes for frame in _frames(scene)]
     clip = scenes[0].clip
     wave = wave_of(clip) if clip else np.zeros(0, np.float32)
-    file = io.BytesIO()
+    file, to_yuv = io.BytesIO(), av.video.reformatter.VideoReformatter()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.width = stream.height = SIZE_PX
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1  # threads for frames this small cost more than they save
         stream.codec_context.qmin = stream.codec_context.qmax = 2
         sound = container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono") if wave.size else None
         if sound is not None:
             sound.bit_rate = AUDIO_BITS
         for number, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+            picture = to_yuv.reformat(av.VideoFrame.from_ndarray(frame, "rgb24"), format="yuv420p", threads=1)
             picture.pts, picture.time_base = number, Fraction(1, FPS)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -74,12 +75,13 @@ def render_video(video: Video | Film) -> tuple[bytes, float]:
 def _frames(video: Video) -> list[Image.Image]:
     """The pictures of a video. Place, size and angle at the start do not hang on the motion: a frame tells nothing."""
     rng = random.Random(f"video/{video.seed}")
-    colour = tuple(rng.randint(40, 255) for _ in range(3))
+    colour = tuple(rng.randint(200, 255) for _ in range(3))  # light, so that the sign of a change tells its edge
     side_px = SIZE_PX * rng.uniform(0.4, 0.55)
     x, y = (SIZE_PX * rng.uniform(0.38, 0.62) for _ in range(2))
     degrees, way = rng.uniform(-20, 20), rng.choice((-1, 1))
     span_px, growth = rng.uniform(27, 35), rng.uniform(1.9, 2.5)
     still = placed(video.concept, side_px, degrees)
+    largest = placed(video.concept, side_px * growth, degrees) if video.motion == "grows" else still
     frames = []
     for number in range(NUM_FRAMES):
         share = number / (NUM_FRAMES - 1)
@@ -88,7 +90,8 @@ def _frames(video: Video) -> list[Image.Image]:
             image = placed(video.concept, side_px, degrees + way * 150 * share)
         elif video.motion not in STEPS:
             factor = growth ** (share if video.motion == "grows" else -share)
-            image = placed(video.concept, side_px * factor, degrees)
+            size = [max(1, round(length * factor)) for length in still.size]
+            image = largest.resize(size, Image.Resampling.LANCZOS)
         left, top = x + dx * share * span_px - image.width / 2, y + dy * share * span_px - image.height / 2
         canvas = Image.new("RGB", (SIZE_PX, SIZE_PX), colour)
         canvas.paste(image, (round(left), round(top)), image)
