@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,20 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
             write_encoder_decoder(state, config, temporary)
         tokenizer.save_pretrained(temporary)
         write_processor(config.model, temporary)
+        make_readable(temporary)
         fsync_tree(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         fsync_folder(folder.parent)
     dist.barrier()
+
+
+def make_readable(folder: Path) -> None:
+    """Give the files the mode that the user's umask asks for: safetensors writes its own for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 def write_thinker(

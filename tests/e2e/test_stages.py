@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,9 @@ def test_stock_transformers_loads_every_export(finished, stage: str) -> None:
         finished[0] / stage / "export", output_loading_info=True
     )
     assert not any(report.values()), report
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in (finished[0] / stage / "export").iterdir()} == {0o666 & ~umask}
 
 
 def test_a_stage_starts_from_the_exports_before_it(finished) -> None:
