@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from omni_train.config import ComponentConfig, EngineConfig, Precision, StageConfig
 from omni_train.models.components import parameter_groups
 
+MAX_BUCKET_NUMBERS = 500_000_000  # DeepSpeed's own size
 MOE_LAYERS = r"(llm\.)?model\.layers\.\d+\.mlp"
 
 
@@ -21,12 +21,14 @@ def has_experts(module: nn.Module) -> bool:
 
 
 def deepspeed_config(
-    engine: EngineConfig, stage: StageConfig, *, is_trained: bool, moe: Any | None, micro_batches: int
+    engine: EngineConfig, stage: StageConfig, *, num_trained: int, moe: Any | None, micro_batches: int
 ) -> dict[str, Any]:
-    """The DeepSpeed dictionary of one engine. ``moe`` is the text configuration of a module with experts, else None.
+    """The DeepSpeed dictionary of one engine that trains ``num_trained`` numbers (0: a frozen one).
 
+    ``moe`` is the text configuration of a module with experts, else None.
     Loss scaling over micro-batches is ours (sum / global count), so DeepSpeed's own averaging is bypassed at backward.
     """
+    is_trained = num_trained > 0
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches if is_trained else 1,
@@ -48,10 +50,13 @@ def deepspeed_config(
     if is_trained:
         # overlap_comm needs streams; on CPU it only adds copies.
         config["zero_optimization"] |= {"overlap_comm": engine.device == "cuda", "contiguous_gradients": True}
+        # A buffer of this size is made at every backward.
+        config["zero_optimization"]["reduce_bucket_size"] = min(num_trained, MAX_BUCKET_NUMBERS)
         config["gradient_clipping"] = stage.grad_clip
         config["optimizer"] = {
             "type": "AdamW",
-            "params": {"lr": 0.0, "betas": list(stage.betas), "eps": 1e-8, "torch_adam": engine.device == "cpu"},
+            # torch's fused kernel: a ninth of the time of its plain one on CPU, and nothing to compile on a GPU.
+            "params": {"lr": 0.0, "betas": list(stage.betas), "eps": 1e-8, "torch_adam": True, "fused": True},
         }
     return config
 
@@ -75,7 +80,7 @@ def build_engine(
     config = deepspeed_config(
         engine,
         stage,
-        is_trained=components is not None,
+        num_trained=sum(p.numel() for p in module.parameters() if p.requires_grad) if components else 0,
         moe=module.config if has_experts(module) else None,
         micro_batches=micro_batches,
     )
@@ -115,8 +120,8 @@ class GradientGuard:
 
     def _look(self) -> None:
         if self.waiting:
-            largest = torch._foreach_norm(self.waiting, math.inf)
-            self.bad |= ~torch.stack(largest).isfinite().all()
+            norms = torch._foreach_norm(self.waiting)  # an eighth of the time of the largest number's
+            self.bad |= ~torch.stack(norms).isfinite().all()
             self.waiting, self.num_waiting = [], 0
 
     def take(self) -> torch.Tensor:
