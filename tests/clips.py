@@ -43,6 +43,7 @@ def video(
         stream = container.add_stream("mpeg4", rate=ticks)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = stream.time_base = 1 / ticks
+        stream.codec_context.thread_count = 1  # slices, and with them the bytes, follow the number of threads
         stream.codec_context.qmin = stream.codec_context.qmax = 1
         sound = container.add_stream("aac", rate=16_000, layout="mono") if tones else None
         end = seconds if seconds is not None else times[-1] + times[1] - times[0]
