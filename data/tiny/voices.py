@@ -169,9 +169,7 @@ def trim_silence(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     return wave[max(0, loud[0] - margin) : loud[-1] + margin]
 
 
-def _utterance(
-    text: str, voice: str, rate_wpm: int, pitch: int, sample_rate_hz: int = SAMPLE_RATE_HZ
-) -> np.ndarray:
+def _utterance(text: str, voice: str, rate_wpm: int, pitch: int, sample_rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
     """float32 [samples], peak 1, trimmed. Raises ValueError if it is silent."""
     espeak = _espeak()
     wave = espeak.speak(text, voice, rate_wpm, pitch)

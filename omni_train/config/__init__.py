@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omni_train.config.model import AudioModelConfig as AudioModelConfig
+from omni_train.config.model import Code2WavModelConfig as Code2WavModelConfig
+from omni_train.config.model import CodecModelConfig as CodecModelConfig
 from omni_train.config.model import ConfigError, ModelConfig, nearest
 from omni_train.config.model import DecoderModelConfig as DecoderModelConfig
 from omni_train.config.model import TextModelConfig as TextModelConfig
 from omni_train.config.model import VisionModelConfig as VisionModelConfig
+from omni_train.config.model import WaveHead as WaveHead
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 COMPONENTS = (
     "llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter",
-    "talker", "mtp", "code2wav", "codec_encoder", "aut_decoder", "vision_decoder",
+    "talker", "mtp", "code2wav", "codec_encoder", "aut_decoder", "vision_decoder", "codec_decoder", "discriminator",
 )  # fmt: skip
 """Names of the parameter groups, used in configuration, logs and errors."""
 
@@ -36,6 +39,8 @@ class Objective(Enum):
     next_token = "next_token"  # the Thinker: text positions of packed documents
     transcription = "transcription"  # AuT: audio encoder + decoder, sequence to sequence
     captioning = "captioning"  # vision encoder + a throw-away decoder, sequence to sequence
+    codec = "codec"  # speech codec: encoder, residual quantiser, a throw-away mel decoder
+    code2wav = "code2wav"  # Code2Wav on the codes of a frozen codec, with or without adversaries
 
 
 class LossOn(Enum):
@@ -49,6 +54,8 @@ TRAINABLE = {
     Objective.next_token: ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"),
     Objective.transcription: ("audio_encoder", "aut_decoder"),
     Objective.captioning: ("vision_encoder", "vision_decoder"),
+    Objective.codec: ("codec_encoder", "codec_decoder"),
+    Objective.code2wav: ("code2wav", "discriminator"),
 }
 """Components that an objective's gradient reaches; a stage may train these and no others."""
 
@@ -86,6 +93,19 @@ class ComponentConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ReconstructionConfig:
+    """Weights of the losses of codec and code2wav beside the mel loss, whose weight is 1."""
+
+    commitment: float = 0.25  # codec: residuals are drawn to their codewords
+    semantic: float = 0.0  # codec: the first codebook is drawn to the features of init.audio_encoder
+    stft: float = 0.0  # code2wav: log-magnitude spectrograms at three scales
+    adversarial: float = 0.0  # code2wav: > 0 trains discriminators beside it
+    feature_matching: float = 2.0  # code2wav: relative to the adversarial loss
+    discriminator_channels: int = 32
+    average_decay: float = 0.999  # code2wav: of the average of its weights, which is what is exported
+
+
+@dataclass(kw_only=True, slots=True)
 class StageConfig:
     """What a stage trains, with which objective, for how long. What is not in ``components`` is frozen."""
 
@@ -103,6 +123,7 @@ class StageConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
     ctc_weight: float = 0.0  # transcription only: an auxiliary CTC loss on the encoder breaks the early plateau
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)  # codec and code2wav only
     yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
 
     def __post_init__(self) -> None:
@@ -128,8 +149,25 @@ class StageConfig:
             raise ConfigError(
                 f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out"
             )
+        self._check_reconstruction()
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
+
+    def _check_reconstruction(self) -> None:
+        weights, defaults = self.reconstruction, ReconstructionConfig()
+        users = {"commitment": Objective.codec, "semantic": Objective.codec}
+        for name in ReconstructionConfig.__slots__:
+            user = users.get(name, Objective.code2wav)
+            if getattr(weights, name) != getattr(defaults, name) and self.objective is not user:
+                raise ConfigError(
+                    f"stage.reconstruction.{name} ({getattr(weights, name):g}) has no effect on "
+                    f"{self.objective.name}, only on {user.name}; leave it out"
+                )
+        if self.objective is Objective.code2wav and (weights.adversarial > 0) != ("discriminator" in self.components):
+            raise ConfigError(
+                f"stage.reconstruction.adversarial ({weights.adversarial:g}) and stage.components.discriminator belong "
+                "together: give the discriminators a learning rate where the weight is above 0, leave them out at 0"
+            )
 
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -279,6 +317,19 @@ class RunConfig:
                 f"data.lanes ({self.data.lanes}) must be at least the number of ranks ({self.engine.num_processes}); "
                 f"try data.lanes={self.engine.num_processes}"
             )
+        if self.stage.objective in (Objective.codec, Objective.code2wav):
+            if self.engine.zero_stage == 3 or self.engine.precision is Precision.bf16:
+                raise ConfigError(
+                    f"engine.zero_stage ({self.engine.zero_stage}) and engine.precision "
+                    f"({self.engine.precision.name}): {self.stage.objective.name} needs fp32 and stage 1 or 2, "
+                    "its averages are of whole fp32 weights; try engine.zero_stage=2 engine.precision=fp32"
+                )
+        for name, objective, is_needed in (
+            ("codec_encoder", Objective.code2wav, True),
+            ("audio_encoder", Objective.codec, self.stage.reconstruction.semantic > 0),
+        ):
+            if self.stage.objective is objective and is_needed and not {name, "all"} & set(self.init):
+                raise ConfigError(f"init.{name}: {objective.name} learns from it; give the export folder of its stage")
         for name in self.init:
             if name != "all" and name not in COMPONENTS:
                 raise ConfigError(f"init: no component is called '{name}'; {nearest(name, (*COMPONENTS, 'all'))}")
