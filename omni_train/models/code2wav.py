@@ -43,14 +43,10 @@ class Code2Wav(nn.Module):
         if model.code2wav.head is WaveHead.istft:
             self.code2wav.decoder = nn.ModuleList([FourierHead(model.code2wav.hidden_size)])
 
-    def forward(self, codes_BGT: Tensor) -> Tensor:
-        """Waves [B, T × 1920 − 555] in −1 … 1."""
-        return self.code2wav(codes_BGT)[:, 0]
-
-    def decode_pack(self, pack: Pack, codes_BGT: Tensor) -> dict[str, Tensor]:
+    def forward(self, pack: Pack, codes_BGT: Tensor) -> dict[str, Tensor]:
         """``wave`` and ``target`` [B, N − 555], ``lengths`` and ``frames`` [B] of a pack with these codes."""
         waves_BN, lengths_B = pack_waves(pack)
-        wave = self(codes_BGT)
+        wave = self.decode(codes_BGT)
         frames = -(-lengths_B // SAMPLES_PER_CODEC_FRAME)
         return {"wave": wave, "target": waves_BN[:, : wave.shape[1]], "lengths": lengths_B, "frames": frames}
 
