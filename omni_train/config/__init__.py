@@ -23,6 +23,7 @@ from omni_train.config.model import DecoderModelConfig as DecoderModelConfig
 from omni_train.config.model import TextModelConfig as TextModelConfig
 from omni_train.config.model import VisionModelConfig as VisionModelConfig
 from omni_train.config.model import WaveHead as WaveHead
+from omni_train.config.reconstruction import ReconstructionConfig as ReconstructionConfig
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -93,19 +94,6 @@ class ComponentConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ReconstructionConfig:
-    """Weights of the losses of codec and code2wav beside the mel loss, whose weight is 1."""
-
-    commitment: float = 0.25  # codec: residuals are drawn to their codewords
-    semantic: float = 0.0  # codec: the first codebook is drawn to the features of init.audio_encoder
-    stft: float = 0.0  # code2wav: log-magnitude spectrograms at three scales
-    adversarial: float = 0.0  # code2wav: > 0 trains discriminators beside it
-    feature_matching: float = 2.0  # code2wav: relative to the adversarial loss
-    discriminator_channels: int = 32
-    average_decay: float = 0.999  # code2wav: of the average of its weights, which is what is exported
-
-
-@dataclass(kw_only=True, slots=True)
 class StageConfig:
     """What a stage trains, with which objective, for how long. What is not in ``components`` is frozen."""
 
@@ -149,25 +137,9 @@ class StageConfig:
             raise ConfigError(
                 f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out"
             )
-        self._check_reconstruction()
+        self.reconstruction.check(self.objective.name, self.components)
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
-
-    def _check_reconstruction(self) -> None:
-        weights, defaults = self.reconstruction, ReconstructionConfig()
-        users = {"commitment": Objective.codec, "semantic": Objective.codec}
-        for name in ReconstructionConfig.__slots__:
-            user = users.get(name, Objective.code2wav)
-            if getattr(weights, name) != getattr(defaults, name) and self.objective is not user:
-                raise ConfigError(
-                    f"stage.reconstruction.{name} ({getattr(weights, name):g}) has no effect on "
-                    f"{self.objective.name}, only on {user.name}; leave it out"
-                )
-        if self.objective is Objective.code2wav and (weights.adversarial > 0) != ("discriminator" in self.components):
-            raise ConfigError(
-                f"stage.reconstruction.adversarial ({weights.adversarial:g}) and stage.components.discriminator belong "
-                "together: give the discriminators a learning rate where the weight is above 0, leave them out at 0"
-            )
 
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -317,19 +289,12 @@ class RunConfig:
                 f"data.lanes ({self.data.lanes}) must be at least the number of ranks ({self.engine.num_processes}); "
                 f"try data.lanes={self.engine.num_processes}"
             )
-        if self.stage.objective in (Objective.codec, Objective.code2wav):
-            if self.engine.zero_stage == 3 or self.engine.precision is Precision.bf16:
-                raise ConfigError(
-                    f"engine.zero_stage ({self.engine.zero_stage}) and engine.precision "
-                    f"({self.engine.precision.name}): {self.stage.objective.name} needs fp32 and stage 1 or 2, "
-                    "its averages are of whole fp32 weights; try engine.zero_stage=2 engine.precision=fp32"
-                )
-        for name, objective, is_needed in (
-            ("codec_encoder", Objective.code2wav, True),
-            ("audio_encoder", Objective.codec, self.stage.reconstruction.semantic > 0),
-        ):
-            if self.stage.objective is objective and is_needed and not {name, "all"} & set(self.init):
-                raise ConfigError(f"init.{name}: {objective.name} learns from it; give the export folder of its stage")
+        is_codec = self.stage.objective in (Objective.codec, Objective.code2wav)
+        if is_codec and (self.engine.zero_stage == 3 or self.engine.precision is Precision.bf16):
+            raise ConfigError(
+                f"engine.zero_stage ({self.engine.zero_stage}) and engine.precision ({self.engine.precision.name}): "
+                f"{self.stage.objective.name} needs whole fp32 weights; try engine.zero_stage=2 engine.precision=fp32"
+            )
         for name in self.init:
             if name != "all" and name not in COMPONENTS:
                 raise ConfigError(f"init: no component is called '{name}'; {nearest(name, (*COMPONENTS, 'all'))}")

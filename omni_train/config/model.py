@@ -151,7 +151,6 @@ class CodecModelConfig:
     codebook_size: int
     blocks_per_stage: int = 1
     strides: list[int] = field(default_factory=lambda: [2, 2, 2])
-    num_mels: int = 80
     ema_decay: float = 0.99
     revive_below: float = 0.1
 

@@ -236,7 +236,7 @@ def collate(
         image_grid_thw=_grids([grid for document in documents for grid in document.image_grids]),
         pixel_values_videos=_joined(videos, axis=0, empty=(0, patch_dim)),
         video_grid_thw=_grids([grid for document in documents for grid in document.video_grids]),
-        **_padded([wave for document in documents for wave in document.waves]),
+        **padded_waves([wave for document in documents for wave in document.waves]),
         sample_ids=[document.sample_id for document in documents],
     )
 
@@ -266,7 +266,8 @@ def _joined(arrays: list[np.ndarray], axis: int, empty: tuple[int, int]) -> torc
     return torch.from_numpy(np.concatenate(arrays, axis=axis))
 
 
-def _padded(waves: list[np.ndarray]) -> dict[str, torch.Tensor]:
+def padded_waves(waves: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """``waves`` [clips, n], n whole codec frames, and ``wave_lengths`` of a pack."""
     num_frames = max((codec_num_frames(len(wave)) for wave in waves), default=0)
     padded = np.zeros((len(waves), num_frames * SAMPLES_PER_CODEC_FRAME), np.float32)
     for row, wave in zip(padded, waves, strict=True):

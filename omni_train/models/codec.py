@@ -9,21 +9,27 @@ frames of 80 ms, D latent channels, G codebooks of K codewords, M mel bands, N s
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MimiModel
 
-from omni_train.config import CodecModelConfig
+from omni_train.config import CodecModelConfig, ConfigError
 from omni_train.data.contracts import Pack
 from omni_train.data.media_tokens import SAMPLES_PER_CODEC_FRAME, audio_num_tokens
 from omni_train.data.speech import MELS_PER_CODEC_FRAME
 from omni_train.models.spectrogram import log_mel
 from omni_train.models.towers import encode_audio
+from omni_train.models.weights import load_components
 
-FFT_SIZE, HOP = 1024, 240
+FFT_SIZE, HOP, NUM_MELS = 1024, 240, 80
 MEL_MEAN, MEL_STD = -5.0, 3.0
 """About those of log-mel speech at full scale."""
 CANDIDATES_PER_PACK = 64
@@ -57,14 +63,19 @@ class ConvBlock(nn.Module):
         return x_BDT + self.down(F.gelu(self.up(hidden))).transpose(1, 2)
 
 
+def codec_mel(wave_BN: Tensor) -> Tensor:
+    """Log-mel at 100 Hz, about 0 ± 1: [B, 80, 8 T]. What the codec hears, and what its mel decoder is to give back."""
+    return (log_mel(wave_BN, FFT_SIZE, HOP, NUM_MELS) - MEL_MEAN) / MEL_STD
+
+
 class CodecEncoder(nn.Module):
     """Waves → latents → codes. Parameter names ``conv_in, stages, conv_out``; the quantiser holds buffers only."""
 
     def __init__(self, config: CodecModelConfig) -> None:
         super().__init__()
         dim = config.encoder_dim
-        self.num_mels = config.num_mels
-        self.conv_in = CausalConv(config.num_mels, dim, 5)
+        self.num_codebooks = config.num_codebooks
+        self.conv_in = CausalConv(NUM_MELS, dim, 5)
         self.stages = nn.Sequential()
         for stride in config.strides:
             self.stages.extend([ConvBlock(dim) for _ in range(config.blocks_per_stage)])
@@ -73,10 +84,6 @@ class CodecEncoder(nn.Module):
         self.conv_out = CausalConv(dim, config.latent_dim, 1)
         self.quantizer = ResidualQuantizer(config)
 
-    def mel(self, wave_BN: Tensor) -> Tensor:
-        """Log-mel of the analysis, about 0 ± 1: [B, M, 8 T]. Also what the mel decoder is to give back."""
-        return (log_mel(wave_BN, FFT_SIZE, HOP, self.num_mels) - MEL_MEAN) / MEL_STD
-
     def latents(self, mel_BMF: Tensor) -> Tensor:
         """[B, T, D]."""
         return self.conv_out(self.stages(self.conv_in(mel_BMF))).transpose(1, 2)
@@ -84,7 +91,7 @@ class CodecEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, wave_BN: Tensor) -> Tensor:
         """Codes int64 [B, G, T] of waves whose length is a multiple of 1920."""
-        return self.quantizer.encode(self.latents(self.mel(wave_BN))).transpose(1, 2)
+        return self.quantizer.encode(self.latents(codec_mel(wave_BN))).transpose(1, 2)
 
 
 @dataclass(slots=True)
@@ -244,7 +251,7 @@ class MelDecoder(nn.Module):
             self.stages.extend([ConvBlock(dim) for _ in range(config.blocks_per_stage)])
             self.stages.append(nn.ConvTranspose1d(dim, dim, stride, stride))
         self.stages.extend([ConvBlock(dim) for _ in range(config.blocks_per_stage)])
-        self.conv_out = CausalConv(dim, config.num_mels, 1)
+        self.conv_out = CausalConv(dim, NUM_MELS, 1)
         self.semantic = nn.Linear(config.latent_dim, semantic_dim) if semantic_dim else None
 
     def forward(self, vectors_BTD: Tensor) -> Tensor:
@@ -268,7 +275,7 @@ class Codec(nn.Module):
         ``frames`` [B]; ``commitment`` [B, T]; ``semantic`` [B, T, E] with a head for it; ``usage`` [2]. A pack without
         sound gives one clip of no length."""
         waves_BN, lengths_B = pack_waves(pack)
-        mel = self.codec_encoder.mel(waves_BN)
+        mel = codec_mel(waves_BN)
         is_real = frame_mask(lengths_B, waves_BN.shape[1] // SAMPLES_PER_CODEC_FRAME, SAMPLES_PER_CODEC_FRAME)
         quantized = self.codec_encoder.quantizer(self.codec_encoder.latents(mel), is_real)
         output = {
@@ -295,6 +302,39 @@ class FrozenCodec(nn.Module):
     def forward(self, pack: Pack) -> Tensor:
         """Codes int64 [B, G, T] of the clips of a pack."""
         return self.codec_encoder.encode(pack_waves(pack)[0])
+
+
+def load_codec(folder: Path, num_codebooks: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from a 24 kHz wave [n] to its codes [G, ceil(n / 1920)]: our codec, or transformers' Mimi.
+
+    ``folder`` is an export of stage codec or code2wav, or holds a Mimi checkpoint. ``num_codebooks``: the first so
+    many. Raises ConfigError for another folder or more codebooks than there are.
+    """
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"'{folder}' has no config.json; give the export folder of stage codec, or one of Mimi")
+    description = json.loads(config.read_text())
+    kind = description.get("model_type")
+    if kind == "mimi":
+        mimi = MimiModel.from_pretrained(folder).eval()
+        num_available, encode = mimi.config.num_quantizers, lambda wave: mimi.encode(wave[:, None]).audio_codes
+    elif kind in ("omni_train_codec", "omni_train_code2wav"):
+        codec = FrozenCodec(CodecModelConfig(**description["model"]["codec"])).eval()
+        load_components(codec, Path(folder), {"codec_encoder"})
+        num_available, encode = codec.codec_encoder.num_codebooks, codec.codec_encoder.encode
+    else:
+        raise ConfigError(
+            f"'{folder}' is of model type '{kind}'; give the export folder of stage codec, or one of Mimi"
+        )
+    if num_codebooks is not None and not 1 <= num_codebooks <= num_available:
+        raise ConfigError(f"{num_codebooks} codebooks are asked for; the codec in '{folder}' has {num_available}")
+
+    @torch.no_grad()
+    def codes_of(wave: np.ndarray) -> np.ndarray:
+        padded = F.pad(torch.from_numpy(wave), (0, -len(wave) % SAMPLES_PER_CODEC_FRAME))
+        return encode(padded[None])[0, :num_codebooks].numpy()
+
+    return codes_of
 
 
 class SpeechFeatures(nn.Module):
