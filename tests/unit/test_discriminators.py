@@ -51,7 +51,7 @@ def test_the_generators_gradient_stops_at_the_discriminators_and_theirs_at_the_w
     wave.grad = None
     discriminator_loss(judged["real"], judged["fake"]).backward()
     assert wave.grad is None
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in engine.module.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in engine.module.parameters() if p.ndim > 1)
 
 
 def test_generated_and_fake_are_judged_alike(engine):
