@@ -54,6 +54,14 @@ EVAL_EPILOG = """examples:
   omni-train eval runs/tiny/aut_pretrain/export --window-sec 1 2 4 8   AuT transcribes with its own decoder
 """
 
+CODES_EPILOG = """examples:
+  omni-train data codes .cache/corpus/tiny/current --codec runs/tiny/codec/export --out codes --only '*/talk/*.tar'
+  omni-train data codes speech --codec mimi --out speech_codes --codebooks 16     a local folder of transformers' Mimi
+
+The speech of a sample is the clip of its last reply, else its only clip. Every shard is written anew under --out with
+KEY.codes.npy (int16 [codebooks, frames]) beside its other members; those without speech are copied.
+"""
+
 LAYOUT_EPILOG = """Layouts of a sample:
   messages  KEY.json with "messages" or "text", and the media members that it names (the default)
   pairs     one medium (jpg png webp, flac wav mp3 ogg, mp4) and its text: KEY.txt, or a field of KEY.json
@@ -133,7 +141,13 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--tokenizer", required=True, help="a transformers folder")
     what = "read every shard strictly and compare it with its index"
     check = actions.add_parser("check", help=what, description=what, epilog=CHECK_EPILOG, formatter_class=raw)
-    for action in (index, check):
+    what = "write shards anew with the codes of their speech"
+    codes = actions.add_parser("codes", help=what, description=what, epilog=CODES_EPILOG, formatter_class=raw)
+    codes.add_argument("--codec", required=True, help="the export of stage codec, or a local folder of Mimi")
+    codes.add_argument("--out", required=True, help="folder of the new shards, which keep their names in it")
+    codes.add_argument("--only", default="**/*.tar", help="pattern of shards below the folder (default all)")
+    codes.add_argument("--codebooks", type=int, help="take the first so many (default all that the codec has)")
+    for action in (index, check, codes):
         action.add_argument("folder", help="its *.tar files are the shards, those of folders below it too")
         action.add_argument("--layout", default="messages", help="messages (default), pairs or text")
         action.add_argument("--prompt", default="", help="pairs: what the user says after the medium (default nothing)")
@@ -288,6 +302,8 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
         text_field=options.text_field,
         use_audio_in_video=options.use_audio_in_video,
     )
+    if options.action == "codes":
+        return write_codes(options, layout)
     shards = expand([f"{options.folder}/**/*.tar"])
     if options.action == "index":
         from omni_train.corpus import index_shards
@@ -306,6 +322,23 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"bad: {line}")
     if bad:
         print(f"{len(bad):,} bad samples; a run leaves them out only as far as data.max_bad_samples allows")
+    return 0
+
+
+def write_codes(options: argparse.Namespace, layout: configuration.LayoutConfig) -> int:
+    from omni_train.data.codes import add_codes
+    from omni_train.data.index import expand
+    from omni_train.models.codec import load_codec
+
+    encode = load_codec(Path(options.codec), options.codebooks)
+    root, total = Path(options.folder), 0
+    for shard in expand([f"{options.folder}/{options.only}"]):
+        out = Path(options.out) / Path(shard).relative_to(root)
+        num_coded = add_codes(Path(shard), out, encode, layout)
+        total += num_coded
+        print(f"{out}: {num_coded:,} samples with codes", flush=True)
+    if not total:
+        raise ConfigError(f"no sample under '{options.folder}' has speech; see --only and --layout")
     return 0
 
 

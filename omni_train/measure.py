@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, RunConfig
+from omni_train.config import ConfigError, Objective, RunConfig
 from omni_train.recipe import Measurement, Recipe, RecipeStage, base_overrides
 
 if TYPE_CHECKING:
@@ -79,12 +79,20 @@ def measure(jobs: list[Job], split: str, run_dir: Path | None) -> None:
     """Run the jobs and print a line a task; figures go to ``run_dir``'s results.json. Collective: all ranks call it."""
     from omni_train.engine import parallel
     from omni_train.evaluation.capabilities import answer_tasks
+    from omni_train.evaluation.speech import speech_figures
     from omni_train.evaluation.transcription import transcribe_tasks
     from omni_train.reporting.results import add_by_lang, add_capabilities
 
     ranks = parallel.start(jobs[0].config.engine)
     for job in jobs:
         wanted = job.measurement
+        if job.config.stage.objective in (Objective.codec, Objective.code2wav):
+            for found in speech_figures(job.config, job.folder, job.tasks, split, ranks, run_dir):
+                if ranks.is_main:
+                    print(_line(found.name, len(found.pairs), found.figures, found.controls), flush=True)
+                    if run_dir is not None:
+                        add_capabilities(run_dir, found.figures, found.controls)
+            continue
         what = (job.config, job.folder, job.tasks, split, ranks, wanted.max_new_tokens)
         if wanted.window_sec:
             answered = transcribe_tasks(*what, wanted.window_sec)

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, RunConfig, load_corpus, to_dict
+from omni_train.config import ConfigError, Objective, RunConfig, load_corpus, to_dict
 from omni_train.recipe import RecipeStage, load_recipe, stage_overrides
 
 MAY_CHANGE = (
@@ -104,7 +104,13 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def check_init(config: RunConfig) -> None:
-    """Raise ConfigError when a folder that the stage starts from is not there."""
+    """Raise ConfigError when a folder that the stage starts from is not there, or one to learn from is not named."""
+    teachers = {Objective.code2wav: "codec_encoder"}
+    if config.stage.reconstruction.semantic > 0:
+        teachers[Objective.codec] = "audio_encoder"
+    teacher = teachers.get(config.stage.objective)
+    if teacher and not {teacher, "all"} & set(config.init):
+        raise ConfigError(f"init.{teacher}: {config.stage.name} learns from it; add +init.{teacher}=ITS_STAGE/export")
     for component, folder in config.init.items():
         if not Path(folder).is_dir():
             raise ConfigError(f"init.{component}: folder '{folder}' does not exist; give a local transformers folder")

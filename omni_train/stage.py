@@ -3,6 +3,8 @@
 next_token, LLM trained          engine "thinker" (or "llm" when only the LLM trains)
 next_token, LLM frozen (S1)      engine "towers", frozen "llm" under expert parallelism
 transcription, captioning        engine "aut" or "captioner"
+codec                            engine "codec"; frozen "aut" where the first codebook is drawn to its features
+code2wav                         engines "code2wav" and, with adversaries, "discriminators"; frozen "codec"
 """
 
 from __future__ import annotations
@@ -12,19 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import ConfigError, Objective, RunConfig
-from omni_train.data.contracts import Pack
+from omni_train.data.contracts import MODALITIES, Pack
 from omni_train.data.tokenizer import media_token_ids, token_spelling
 from omni_train.engine.deepspeed import build_engine
-from omni_train.engine.parallel import Ranks
+from omni_train.engine.parallel import Ranks, gather_over_ranks, sum_over_ranks
 from omni_train.models.build import build_decoder, build_encoder, build_thinker, thinker_config
+from omni_train.models.code2wav import WeightAverage, build_code2wav, start_from_codebooks
+from omni_train.models.codec import Codec, CodeStatistics, FrozenCodec, SpeechFeatures
 from omni_train.models.components import Inventory, freeze_all_but
+from omni_train.models.discriminators import Discriminators, judge
 from omni_train.models.encoder_decoder import EncoderDecoder
 from omni_train.models.thinker import compose
 from omni_train.models.weights import load_components
+from omni_train.objectives.code2wav import code2wav_losses, multi_scale_mel_loss
+from omni_train.objectives.codec import codec_losses, mel_regression, num_frames
 from omni_train.objectives.next_token import counts, next_token_losses
 from omni_train.objectives.terms import Losses
 
@@ -57,7 +65,8 @@ class Stage:
 
     ``losses`` is the objective: the losses of a pack, given the global expert fractions [L, E] of the step before (None
     without a router); ``counts`` is what a pack adds to the global divisors of its terms, "tokens" among them.
-    ``forward`` maps a pack to the model's output, for held-out losses. ``after_step`` runs when all optimizers moved.
+    ``forward`` maps a pack to the model's output, for held-out losses. ``after_step`` runs when all optimizers moved,
+    ``before_export`` when the last checkpoint is saved.
     """
 
     engines: dict[str, Any]
@@ -67,6 +76,7 @@ class Stage:
     counts: Callable[[Pack], dict[str, int]]
     inventory: list[Inventory]
     router_shape: tuple[int, int] | None = None  # layers, experts
+    before_export: Callable[[], None] = nothing
     batches: Callable[[BatchSource], BatchSource] = lambda packs: packs
     stateful: dict[str, Stateful] = field(default_factory=dict)
     after_step: Callable[[], None] = nothing
@@ -90,6 +100,8 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
             modules = {"thinker": thinker}
         else:
             modules = {"towers": thinker.towers, "llm": thinker.llm}
+    elif objective in (Objective.codec, Objective.code2wav):
+        modules = speech_modules(config)
     else:
         kind = "audio" if objective is Objective.transcription else "vision"
         width = model.audio.d_model if kind == "audio" else model.vision.hidden_size
@@ -104,7 +116,92 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
             )
         }
     load_init(modules, config.init)
+    if objective is Objective.code2wav and "code2wav" not in config.init:
+        start_from_codebooks(modules["code2wav"], modules["codec"].codec_encoder.quantizer, seed=config.seed)
     return modules
+
+
+def speech_modules(config: RunConfig) -> dict[str, nn.Module]:
+    """Modules of codec and code2wav, randomly initialised."""
+    model, weights = config.model, config.stage.reconstruction
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.stage.objective is Objective.codec:
+            semantic_dim = model.audio.d_model if weights.semantic > 0 else 0
+            modules: dict[str, nn.Module] = {"codec": Codec(model.codec, semantic_dim)}
+            if semantic_dim:
+                modules["aut"] = SpeechFeatures(build_encoder(model, "audio", seed=config.seed))
+            return modules
+        modules = {"code2wav": build_code2wav(model, seed=config.seed), "codec": FrozenCodec(model.codec)}
+        if weights.adversarial > 0:
+            modules["discriminators"] = Discriminators(weights.discriminator_channels)
+        return modules
+
+
+def codec_stage(
+    config: RunConfig, engines: dict[str, Any], frozen: dict[str, nn.Module], inventory: list[Inventory]
+) -> Stage:
+    """The codec's stage: the codebooks move after each step, by the statistics of all ranks."""
+    codec, weights = engines["codec"], config.stage.reconstruction
+    quantizer = codec.module.codec_encoder.quantizer
+
+    def forward(pack: Pack) -> dict[str, Tensor]:
+        output = codec(pack)
+        mel = mel_regression(output["predicted"], output["mel"], output["is_mel"])
+        return {"losses": mel, "modality": pack.doc_modality.new_full((len(mel),), MODALITIES.index("audio"))}
+
+    def losses(pack: Pack, _: Tensor | None) -> Losses:
+        output = codec(pack)
+        if weights.semantic > 0:
+            output["teacher"] = frozen["aut"](pack)
+        return codec_losses(output, weights)
+
+    def move_codebooks() -> None:
+        mine = quantizer.take_statistics()
+        everywhere = CodeStatistics(
+            sum_over_ranks(mine.counts), sum_over_ranks(mine.sums), gather_over_ranks(mine.candidates)
+        )
+        quantizer.update(everywhere, config.seed)
+
+    return Stage(
+        engines=engines,
+        frozen=frozen,
+        forward=forward,
+        losses=losses,
+        counts=num_frames,
+        inventory=inventory,
+        after_step=move_codebooks,
+    )
+
+
+def code2wav_stage(
+    config: RunConfig, engines: dict[str, Any], frozen: dict[str, nn.Module], inventory: list[Inventory]
+) -> Stage:
+    """Code2Wav's stage: what is measured and exported is the average of its weights."""
+    code2wav, codec, weights = engines["code2wav"], frozen["codec"], config.stage.reconstruction
+    average = WeightAverage(code2wav.module, weights.average_decay)
+
+    def forward(pack: Pack) -> dict[str, Tensor]:
+        output = torch.func.functional_call(code2wav.module, average.average, (pack, codec(pack)))
+        mel = multi_scale_mel_loss(output["wave"], output["target"], output["lengths"])
+        return {"losses": mel, "modality": pack.doc_modality.new_full((len(mel),), MODALITIES.index("audio"))}
+
+    def losses(pack: Pack, _: Tensor | None) -> Losses:
+        output = code2wav(pack, codec(pack))
+        judged = judge(engines["discriminators"], output["wave"], output["target"]) if weights.adversarial > 0 else None
+        return code2wav_losses(output, weights, judged)
+
+    return Stage(
+        engines=engines,
+        frozen=frozen,
+        forward=forward,
+        losses=losses,
+        counts=num_frames,
+        inventory=inventory,
+        stateful={"average": average},
+        after_step=average.update,
+        before_export=average.install,
+    )
 
 
 def load_init(modules: dict[str, nn.Module], init: dict[str, str]) -> None:
@@ -140,6 +237,10 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
         (engines if is_trained else frozen)[name] = built
         built.train()
     everything = {**engines, **frozen}
+    if config.stage.objective is Objective.codec:
+        return codec_stage(config, engines, frozen, inventory)
+    if config.stage.objective is Objective.code2wav:
+        return code2wav_stage(config, engines, frozen, inventory)
     if "towers" in everything:
         towers, llm = everything["towers"], everything["llm"]
 

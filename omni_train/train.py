@@ -332,6 +332,7 @@ def finish(trainer: Trainer, writer: MetricsWriter) -> None:
     config, position = trainer.config, trainer.position
     metrics = trainer.evaluate()
     writer.log({"step": position.step, "tokens": position.tokens, **metrics}, position.step)
+    trainer.stage.before_export()
     modules = trainer.stage.modules()
     export(modules, config, trainer.data.tokenizer, trainer.folder / "export")
     if trainer.ranks.is_main:

@@ -39,6 +39,8 @@ from deepspeed.module_inject import auto_ep_layer  # noqa: F401, E402
 from omni_train import train  # noqa: E402
 from omni_train.config import (  # noqa: E402
     AudioModelConfig,
+    Code2WavModelConfig,
+    CodecModelConfig,
     ComponentConfig,
     CorpusConfig,
     DataConfig,
@@ -206,6 +208,17 @@ def micro_model(num_experts: int = 4) -> ModelConfig:
             max_pixels=4096,
         ),
         decoder=DecoderModelConfig(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+        codec=CodecModelConfig(encoder_dim=16, latent_dim=8, num_codebooks=2, codebook_size=16),
+        code2wav=Code2WavModelConfig(
+            num_quantizers=2,
+            codebook_size=16,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            decoder_dim=32,
+        ),
     )
 
 

@@ -38,6 +38,7 @@ SHARD_SAMPLES = {
     "speech": 900,
     "mixed": 900,
     "audio_understanding": 900,
+    "talk": 400,
 }
 SHARD_SAMPLES_DEFAULT = 2000
 
@@ -58,6 +59,8 @@ def make_media(spec: tasks.Media) -> tuple[bytes, float]:
             return voices.synthesise_clip(spec)
         case voices.Recording():
             return voices.synthesise_recording(spec)
+        case voices.Reply():
+            return voices.synthesise_reply(spec)
         case pictures.Picture():
             return pictures.render_picture(spec), 0.0
         case pictures.Digit():

@@ -6,15 +6,25 @@ Everything here is a pure function of (split, scale, seed). Nothing is synthesis
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from data.shards import SPLITS, PlannedSample
 from data.tiny import texts
 from data.tiny.pictures import BACKGROUNDS, CONCEPTS, DIGIT_ROWS, Digit, Picture, translations
 from data.tiny.videos import MOTIONS, Film, Video
-from data.tiny.voices import OTHER_LANGS, VARIANTS, Clip, Recording, english_voices, gender
+from data.tiny.voices import (
+    NEW_SPEAKERS,
+    OTHER_LANGS,
+    SPEAKERS,
+    VARIANTS,
+    Clip,
+    Recording,
+    Reply,
+    english_voices,
+    gender,
+)
 
-Media = Clip | Recording | Picture | Digit | Video | Film
+Media = Clip | Recording | Reply | Picture | Digit | Video | Film
 
 SPEECH_LICENSE = "CC0-1.0"
 PICTURE_LICENSE = "CC-BY-SA-4.0"
@@ -43,6 +53,8 @@ NUM_SAMPLES = {
     "video_audio": (22, 3, 7),  # times each concept, named by the voice and not
     "video_said": (6, 2, 3),  # times each concept
     "long_video_order": (200, 40, 100),
+    "talk": (184, 24, 48),  # phrases, each by every speaker
+    "talk_new_speaker": (32, 8, 48),
     "exercise_rounds": (1000, 25, 40),  # of 26 dialogues
     "text_sum": (25, 1, 2),  # times each sum
     "stories": (600, 50, 100),
@@ -54,6 +66,7 @@ UNSEEN_PAIRS = frozenset([(a, (3 * a + 1) % 10) for a in range(10)] + [(a, (7 * 
 KINDS = {
     Clip: ("audio", "flac"),
     Recording: ("audio", "flac"),
+    Reply: ("audio", "flac"),
     Picture: ("image", "png"),
     Digit: ("image", "png"),
     Video: ("video", "mp4"),
@@ -315,6 +328,28 @@ def plan_text(plan: Planner) -> list[PlannedSample]:
     return samples
 
 
+def _plan_replies(plan: Planner, task: str, speakers: Iterable[str]) -> list[PlannedSample]:
+    """Requests to say a phrase; the reply is its text and its speech."""
+    samples = []
+    for phrase in texts.talk_phrases(plan.seed)[plan.split][: plan.begin(task)]:
+        for speaker in speakers:
+            messages = _turn(f"say: {phrase}", phrase)
+            messages[1]["content"].append({"type": "audio", "audio": "a.flac"})
+            content = {"messages": messages, "task": task, "lang": "en", "license": SPEECH_LICENSE, "speaker": speaker}
+            samples.append(PlannedSample(content, {"a.flac": Reply(phrase, speaker)}))
+    return samples
+
+
+def plan_talk(plan: Planner) -> list[PlannedSample]:
+    """Spoken replies by the named speakers, at 24 kHz."""
+    return _plan_replies(plan, "talk", SPEAKERS)
+
+
+def plan_talk_new_speaker(plan: Planner) -> list[PlannedSample]:
+    """The same by a speaker of whom there is little."""
+    return _plan_replies(plan, "talk_new_speaker", NEW_SPEAKERS)
+
+
 SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "long_audio": plan_long_audio,
     "speech": plan_speech,
@@ -328,6 +363,8 @@ SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "video": plan_video,
     "video_audio": plan_video_audio,
     "long_video": plan_long_video,
+    "talk": plan_talk,
+    "talk_new_speaker": plan_talk_new_speaker,
 }
 
 

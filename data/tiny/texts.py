@@ -29,6 +29,13 @@ WORDS = tuple(itertools.chain.from_iterable(LEXICON.values()))
 FILLERS = (*COLOURS, *VERBS, *PLACES, *NUMBERS)
 """Words that are no names, for the tasks that hide one name among others."""
 
+TALK = (
+    ("red", "yellow", "green", "blue", "purple", "pink", "black", "white"),
+    ("dog", "frog", "tiger", "turtle", "horse", "lion", "goat", "spider"),
+    ("runs", "jumps", "sleeps", "eats"),
+)
+"""What replies are spoken of: "<colour> <animal> <verb>"."""
+
 DIGIT_WORDS = {
     "de": ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"),
     "es": ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve"),
@@ -81,6 +88,13 @@ def phrase_pools(seed: int) -> dict[str, tuple[str, ...]]:
         if split_of[phrase[:3]] == split_of[phrase[1:]]:
             pools[split_of[phrase[1:]]][2].append(" ".join(phrase))
     return {split: tuple(_interleave(*kinds)) for split, kinds in pools.items()}
+
+
+def talk_phrases(seed: int) -> dict[str, tuple[str, ...]]:
+    """All 256 phrases of TALK by split: 184 in train, 24 in validation, 48 held out. Every word is in train."""
+    phrases = [" ".join(words) for words in itertools.product(*TALK)]
+    random.Random(f"talk/{seed}").shuffle(phrases)
+    return {"train": tuple(phrases[72:]), "validation": tuple(phrases[48:72]), "heldout": tuple(phrases[:48])}
 
 
 def _interleave(three: list[str], places: list[str], four: list[str]) -> Iterator[str]:

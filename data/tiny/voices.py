@@ -1,6 +1,7 @@
 """Spoken clips: the voices of each split and the espeak-ng synthesiser.
 
     Clip | Recording ──espeak-ng (22,050 Hz)──▶ trimmed ──soxr──▶ 16 kHz, peak ≤ 0.9 ──▶ FLAC bytes
+    Reply            ──the same at 24 kHz, the rate of a codec
 
 espeak-ng keeps hidden state from one utterance to the next (its jitter), which no call resets. A clip is therefore
 reproducible only as the n-th utterance of a fresh process: one process makes one shard, in order, and ends.
@@ -18,6 +19,7 @@ import soundfile
 import soxr
 
 SAMPLE_RATE_HZ = 16_000
+REPLY_SAMPLE_RATE_HZ = 24_000
 MAX_CLIP_SEC = 2.5
 MIN_LONG_SEC, MAX_LONG_SEC = 10.0, 16.0
 MIN_PAUSE_SEC = 0.18
@@ -80,6 +82,25 @@ class Recording:
     utterances: tuple[str, ...]
     target_sec: float
     clip: Clip
+
+
+SPEAKERS = {  # voice, pitch, words a minute
+    "anna": ("en-us+f2", 55, 165),
+    "ben": ("en-us+m3", 45, 160),
+    "clara": ("en-gb-x-rp+linda", 60, 160),
+    "david": ("en-us+Andy", 40, 165),
+}
+"""Named voices that replies are spoken in; every split has the same."""
+NEW_SPEAKERS = {"emma": ("en-us+Alicia", 62, 165)}
+"""For fine-tuning to a voice that nothing before has heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """``text`` as a named speaker of SPEAKERS or NEW_SPEAKERS says it: always the same way, without noise."""
+
+    text: str
+    speaker: str
 
 
 def english_voices(split: str) -> tuple[str, ...]:
@@ -148,13 +169,13 @@ def trim_silence(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     return wave[max(0, loud[0] - margin) : loud[-1] + margin]
 
 
-def _utterance(clip: Clip, text: str, rate_wpm: int) -> np.ndarray:
-    """float32 [samples] at 16 kHz, peak 1, trimmed. Raises ValueError if it is silent."""
+def _utterance(text: str, voice: str, rate_wpm: int, pitch: int, sample_rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """float32 [samples], peak 1, trimmed. Raises ValueError if it is silent."""
     espeak = _espeak()
-    wave = espeak.speak(text, clip.voice, rate_wpm, clip.pitch)
+    wave = espeak.speak(text, voice, rate_wpm, pitch)
     if wave.size == 0 or np.abs(wave).max() < 0.01:
-        raise ValueError(f"espeak-ng says nothing for {text!r} in voice {clip.voice!r}")
-    wave = soxr.resample(trim_silence(wave, espeak.sample_rate_hz), espeak.sample_rate_hz, SAMPLE_RATE_HZ)
+        raise ValueError(f"espeak-ng says nothing for {text!r} in voice {voice!r}")
+    wave = soxr.resample(trim_silence(wave, espeak.sample_rate_hz), espeak.sample_rate_hz, sample_rate_hz)
     return wave / np.abs(wave).max()
 
 
@@ -163,10 +184,10 @@ def _mixed(wave: np.ndarray, clip: Clip) -> np.ndarray:
     return clip.peak * (wave + noise) / max(1.0, float(np.abs(wave + noise).max()))
 
 
-def _flac(wave: np.ndarray) -> tuple[bytes, float]:
+def _flac(wave: np.ndarray, sample_rate_hz: int = SAMPLE_RATE_HZ) -> tuple[bytes, float]:
     file = io.BytesIO()
-    soundfile.write(file, wave, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
-    return file.getvalue(), wave.size / SAMPLE_RATE_HZ
+    soundfile.write(file, wave, sample_rate_hz, format="FLAC", subtype="PCM_16")
+    return file.getvalue(), wave.size / sample_rate_hz
 
 
 def synthesise_clip(clip: Clip) -> tuple[bytes, float]:
@@ -174,10 +195,17 @@ def synthesise_clip(clip: Clip) -> tuple[bytes, float]:
     return _flac(wave_of(clip))
 
 
+def synthesise_reply(reply: Reply) -> tuple[bytes, float]:
+    """FLAC bytes at 24 kHz and seconds."""
+    voice, pitch, rate_wpm = (SPEAKERS | NEW_SPEAKERS)[reply.speaker]
+    wave = 0.8 * _utterance(reply.text, voice, rate_wpm, pitch, REPLY_SAMPLE_RATE_HZ)
+    return _flac(wave, REPLY_SAMPLE_RATE_HZ)
+
+
 def wave_of(clip: Clip) -> np.ndarray:
     """float32 [samples] at 16 kHz. Slow voices are asked to speak faster until the clip is at most 2.5 s long."""
     for rate_wpm in range(clip.rate_wpm, 400, 25):
-        wave = _utterance(clip, clip.text, rate_wpm)
+        wave = _utterance(clip.text, clip.voice, rate_wpm, clip.pitch)
         if wave.size <= MAX_CLIP_SEC * SAMPLE_RATE_HZ:
             return _mixed(wave, clip)
     raise ValueError(f"{clip.text!r} is longer than {MAX_CLIP_SEC} s in voice {clip.voice!r} at any rate")
@@ -188,7 +216,7 @@ def synthesise_recording(recording: Recording) -> tuple[bytes, float]:
     clip = recording.clip
     num_pauses = len(recording.utterances) - 1
     for rate_wpm in range(clip.rate_wpm, 400, 25):
-        parts = [_utterance(clip, text, rate_wpm) for text in recording.utterances]
+        parts = [_utterance(text, clip.voice, rate_wpm, clip.pitch) for text in recording.utterances]
         spoken_sec = sum(part.size for part in parts) / SAMPLE_RATE_HZ
         if spoken_sec + num_pauses * MIN_PAUSE_SEC < MAX_LONG_SEC:
             break

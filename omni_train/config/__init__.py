@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omni_train.config.model import AudioModelConfig as AudioModelConfig
+from omni_train.config.model import Code2WavModelConfig as Code2WavModelConfig
+from omni_train.config.model import CodecModelConfig as CodecModelConfig
 from omni_train.config.model import ConfigError, ModelConfig, nearest
 from omni_train.config.model import DecoderModelConfig as DecoderModelConfig
 from omni_train.config.model import TextModelConfig as TextModelConfig
 from omni_train.config.model import VisionModelConfig as VisionModelConfig
+from omni_train.config.model import WaveHead as WaveHead
+from omni_train.config.reconstruction import ReconstructionConfig as ReconstructionConfig
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 COMPONENTS = (
     "llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter",
-    "talker", "mtp", "code2wav", "codec_encoder", "aut_decoder", "vision_decoder",
+    "talker", "mtp", "code2wav", "codec_encoder", "aut_decoder", "vision_decoder", "codec_decoder", "discriminator",
 )  # fmt: skip
 """Names of the parameter groups, used in configuration, logs and errors."""
 
@@ -36,6 +40,8 @@ class Objective(Enum):
     next_token = "next_token"  # the Thinker: text positions of packed documents
     transcription = "transcription"  # AuT: audio encoder + decoder, sequence to sequence
     captioning = "captioning"  # vision encoder + a throw-away decoder, sequence to sequence
+    codec = "codec"  # speech codec: encoder, residual quantiser, a throw-away mel decoder
+    code2wav = "code2wav"  # Code2Wav on the codes of a frozen codec, with or without adversaries
 
 
 class LossOn(Enum):
@@ -49,6 +55,8 @@ TRAINABLE = {
     Objective.next_token: ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"),
     Objective.transcription: ("audio_encoder", "aut_decoder"),
     Objective.captioning: ("vision_encoder", "vision_decoder"),
+    Objective.codec: ("codec_encoder", "codec_decoder"),
+    Objective.code2wav: ("code2wav", "discriminator"),
 }
 """Components that an objective's gradient reaches; a stage may train these and no others."""
 
@@ -103,6 +111,7 @@ class StageConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
     ctc_weight: float = 0.0  # transcription only: an auxiliary CTC loss on the encoder breaks the early plateau
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)  # codec and code2wav only
     yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
 
     def __post_init__(self) -> None:
@@ -128,6 +137,7 @@ class StageConfig:
             raise ConfigError(
                 f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out"
             )
+        self.reconstruction.check(self.objective.name, self.components)
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
 
@@ -278,6 +288,12 @@ class RunConfig:
             raise ConfigError(
                 f"data.lanes ({self.data.lanes}) must be at least the number of ranks ({self.engine.num_processes}); "
                 f"try data.lanes={self.engine.num_processes}"
+            )
+        is_codec = self.stage.objective in (Objective.codec, Objective.code2wav)
+        if is_codec and (self.engine.zero_stage == 3 or self.engine.precision is Precision.bf16):
+            raise ConfigError(
+                f"engine.zero_stage ({self.engine.zero_stage}) and engine.precision ({self.engine.precision.name}): "
+                f"{self.stage.objective.name} needs whole fp32 weights; try engine.zero_stage=2 engine.precision=fp32"
             )
         for name in self.init:
             if name != "all" and name not in COMPONENTS:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 
@@ -136,6 +138,69 @@ class DecoderModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CodecModelConfig:
+    """The codec that makes speech into codes: log-mel at 100 Hz, causal convolutions, residual vector quantiser.
+
+    ``strides`` bring 100 Hz down to 12.5. A codeword with an average of fewer than ``revive_below`` latents a step is
+    replaced by one of the step's latents.
+    """
+
+    encoder_dim: int
+    latent_dim: int
+    num_codebooks: int
+    codebook_size: int
+    blocks_per_stage: int = 1
+    strides: list[int] = field(default_factory=lambda: [2, 2, 2])
+    ema_decay: float = 0.99
+    revive_below: float = 0.1
+
+    def __post_init__(self) -> None:
+        if math.prod(self.strides) != 8:
+            raise ConfigError(f"model.codec.strides {self.strides} must multiply to 8: from 100 Hz of mel to 12.5 Hz")
+        if not 2 <= self.codebook_size <= 32768:
+            raise ConfigError(f"model.codec.codebook_size ({self.codebook_size}) must be 2 … 32768: codes are int16")
+        if not 0 < self.ema_decay < 1:
+            raise ConfigError(f"model.codec.ema_decay ({self.ema_decay}) must lie between 0 and 1")
+
+
+class WaveHead(Enum):
+    """What turns Code2Wav's 50 Hz features into samples."""
+
+    conv = "conv"  # the published ConvNet: stock transformers loads the weights
+    istft = "istft"  # an inverse Fourier transform (Siuzdak 2023, Vocos): learns in a fraction of the time
+
+
+@dataclass(kw_only=True, slots=True)
+class Code2WavModelConfig:
+    """Code2Wav; names are those of Qwen3OmniMoeCode2WavConfig. The rates multiply to 1920 samples a frame."""
+
+    num_quantizers: int
+    codebook_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    decoder_dim: int
+    sliding_window: int = 72
+    upsample_rates: list[int] = field(default_factory=lambda: [8, 5, 4, 3])
+    upsampling_ratios: list[int] = field(default_factory=lambda: [2, 2])
+    head: WaveHead = WaveHead.conv
+
+    def __post_init__(self) -> None:
+        if math.prod([*self.upsample_rates, *self.upsampling_ratios]) != 1920:
+            raise ConfigError(
+                f"model.code2wav.upsample_rates {self.upsample_rates} and upsampling_ratios {self.upsampling_ratios} "
+                "must multiply to 1920 samples a frame"
+            )
+        if self.decoder_dim % 2 ** len(self.upsample_rates):
+            raise ConfigError(
+                f"model.code2wav.decoder_dim ({self.decoder_dim}) must be a multiple of "
+                f"{2 ** len(self.upsample_rates)}: it is halved at each of the upsample_rates"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A preset's sizes. ``extra`` holds parts that no stage trains yet (Talker, MTP, Code2Wav), by upstream's names."""
 
@@ -144,9 +209,18 @@ class ModelConfig:
     audio: AudioModelConfig
     vision: VisionModelConfig
     decoder: DecoderModelConfig
+    codec: CodecModelConfig
+    code2wav: Code2WavModelConfig
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("codebook_size", "num_codebooks"):
+            theirs = "num_quantizers" if name == "num_codebooks" else name
+            if getattr(self.codec, name) != getattr(self.code2wav, theirs):
+                raise ConfigError(
+                    f"model.codec.{name} ({getattr(self.codec, name)}) and model.code2wav.{theirs} "
+                    f"({getattr(self.code2wav, theirs)}) must be equal"
+                )
         levels, layers = len(self.vision.deepstack_visual_indexes), self.text.num_hidden_layers
         if levels >= layers:  # what is added after the last layer never reaches a text position
             raise ConfigError(

@@ -35,8 +35,8 @@ def audio_facts(member: str, data: bytes) -> MediaFacts:
     return MediaFacts(member=member, kind="audio", num_samples=num_samples, sample_rate_hz=sample_rate_hz)
 
 
-def decode_audio(data: bytes) -> np.ndarray:
-    """The wave of a sound file: float32 [n], mono (mean over channels), 16 kHz (soxr HQ).
+def decode_audio(data: bytes, target_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """The wave of a sound file: float32 [n], mono (mean over channels), at ``target_hz`` (soxr HQ).
 
     n is exactly ``resampled_num_samples`` of the header's facts. Raises ValueError for what is unreadable, cut short,
     shorter than 12.6 ms, longer than a day, or holds NaN or infinity. Silence is fine.
@@ -53,10 +53,10 @@ def decode_audio(data: bytes) -> np.ndarray:
     wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1, dtype=np.float32)
     if not np.isfinite(wave).all():
         raise ValueError("audio holds NaN or infinite samples")
-    if sample_rate_hz == SAMPLE_RATE_HZ:
+    if sample_rate_hz == target_hz:
         return np.ascontiguousarray(wave)
-    wave = soxr.resample(wave, sample_rate_hz, SAMPLE_RATE_HZ, quality="HQ")
-    expected = resampled_num_samples(num_samples, sample_rate_hz)
+    wave = soxr.resample(wave, sample_rate_hz, target_hz, quality="HQ")
+    expected = resampled_num_samples(num_samples, sample_rate_hz, target_hz)
     # The planner counted on this length; soxr gives it, and a change there must not shift a pack.
     return np.pad(wave, (0, max(0, expected - len(wave))))[:expected].astype(np.float32, copy=False)
 

@@ -120,7 +120,8 @@ class Document:
     ``input_ids`` int64 [L]; ``labels`` int64 [L], unshifted (labels[i] is input_ids[i] or −100); ``position_ids`` int64
     [3, L] (temporal, height, width of TM-RoPE, from 0); ``mels`` one float32 [128, frames] a clip, in order of
     placeholders; ``patches`` one float32 [t*h*w, patch_dim] a picture or video with its ``grids`` (t, h, w) in patches;
-    for each video the seconds that one of its t spans, and whether its sound stands between its tokens.
+    for each video the seconds that one of its t spans, and whether its sound stands between its tokens; ``waves`` one
+    float32 [n] at 24 kHz a clip, for stages that learn from sound alone.
     """
 
     sample_id: str
@@ -135,6 +136,7 @@ class Document:
     video_grids: list[tuple[int, int, int]] = field(default_factory=list)
     video_seconds_per_grid: list[float] = field(default_factory=list)
     video_has_sound: list[bool] = field(default_factory=list)
+    waves: list[np.ndarray] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -151,9 +153,10 @@ class Pack:
     ``cu_seqlens`` int32 [D+1]; ``doc_modality`` int64 [D], index into MODALITIES. Media of all documents in order of
     their placeholders: ``mel`` float32 [128, F] concatenated over clips with ``mel_lengths`` int64 [clips];
     ``audio_window_sec`` int64 [clips]; ``pixel_values`` [patches, patch_dim] with ``image_grid_thw`` int64 [n, 3] and
-    the same for video. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids`` names its
-    documents; it is empty for a dummy, which counts for nothing. ``bad_samples``: those of its plan that could not be
-    decoded and were left out.
+    the same for video; ``waves`` float32 [clips, n] at 24 kHz, each followed by zeros to a whole codec frame at least,
+    with ``wave_lengths`` int64 [clips]. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids``
+    names its documents; it is empty for a dummy, which counts for nothing. ``bad_samples``: those of its plan that
+    could not be decoded and were left out.
     """
 
     input_ids: torch.Tensor
@@ -168,6 +171,8 @@ class Pack:
     image_grid_thw: torch.Tensor
     pixel_values_videos: torch.Tensor
     video_grid_thw: torch.Tensor
+    waves: torch.Tensor
+    wave_lengths: torch.Tensor
     sample_ids: list[str]
     bad_samples: list[BadSample] = field(default_factory=list)
 

@@ -25,8 +25,10 @@ from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Document, Pack, 
 from omni_train.data.image import decode_image, patchify
 from omni_train.data.media_tokens import (
     NUM_MELS,
+    SAMPLES_PER_CODEC_FRAME,
     MediaGeometry,
     audio_num_tokens,
+    codec_num_frames,
     grid_num_tokens,
     media_num_tokens,
 )
@@ -52,9 +54,18 @@ class Encoder:
         self.ids: TokenIds = token_ids(tokenizer)
         render({"text": ""}, self.loss_on)  # refuses an unknown loss_on here, not in a worker
 
+    @property
+    def patch_dim(self) -> int:
+        """Width of ``pixel_values``."""
+        return self.geometry.patch_dim
+
     def num_tokens(self, facts: SampleFacts) -> int:
         """Tokens of the sample's whole document, from its index line."""
         return facts.num_text_tokens + sum(media_num_tokens(media, self.geometry) for media in facts.media)
+
+    def is_splittable(self, facts: SampleFacts) -> bool:
+        """Whether a sample longer than the context is cut: plain text is, what holds media is not."""
+        return not facts.media
 
     def encode(self, sample: Sample, start: int = 0, stop: int | None = None) -> Document:
         """The document of a sample, or tokens ``start`` to ``stop`` of a text without media, as a document of its own.
@@ -91,6 +102,10 @@ class Encoder:
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
         return dataclasses.replace(prompt, labels=np.full_like(prompt.labels, IGNORE_INDEX)), reply
+
+    def dummy(self) -> Pack:
+        """A pack without samples, for a rank that has none."""
+        return dummy_pack(self.geometry, self.ids)
 
     def _encode(
         self,
@@ -221,6 +236,7 @@ def collate(
         image_grid_thw=_grids([grid for document in documents for grid in document.image_grids]),
         pixel_values_videos=_joined(videos, axis=0, empty=(0, patch_dim)),
         video_grid_thw=_grids([grid for document in documents for grid in document.video_grids]),
+        **padded_waves([wave for document in documents for wave in document.waves]),
         sample_ids=[document.sample_id for document in documents],
     )
 
@@ -248,6 +264,16 @@ def _joined(arrays: list[np.ndarray], axis: int, empty: tuple[int, int]) -> torc
     if not arrays:
         return torch.zeros(empty, dtype=torch.float32)
     return torch.from_numpy(np.concatenate(arrays, axis=axis))
+
+
+def padded_waves(waves: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """``waves`` [clips, n], n whole codec frames, and ``wave_lengths`` of a pack."""
+    num_frames = max((codec_num_frames(len(wave)) for wave in waves), default=0)
+    padded = np.zeros((len(waves), num_frames * SAMPLES_PER_CODEC_FRAME), np.float32)
+    for row, wave in zip(padded, waves, strict=True):
+        row[: len(wave)] = wave
+    lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
+    return {"waves": torch.from_numpy(padded), "wave_lengths": lengths}
 
 
 def _grids(grids: list[tuple[int, int, int]]) -> torch.Tensor:

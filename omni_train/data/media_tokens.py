@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from omni_train.data.contracts import MediaFacts
 
 SAMPLE_RATE_HZ = 16_000
+CODEC_SAMPLE_RATE_HZ = 24_000
+"""What the codec hears and Code2Wav speaks."""
+SAMPLES_PER_CODEC_FRAME = 1920
+"""80 ms: 12.5 frames of codes a second."""
 HOP = 160
 NUM_MELS = 128
 MIN_SAMPLES = 201
@@ -74,9 +78,14 @@ class MediaGeometry:
         return 3 * self.temporal_patch_size * self.patch_size**2
 
 
-def resampled_num_samples(num_samples: int, sample_rate_hz: int) -> int:
-    """Length at 16 kHz of ``num_samples`` at ``sample_rate_hz``, rounded half up (what soxr returns)."""
-    return (2 * num_samples * SAMPLE_RATE_HZ + sample_rate_hz) // (2 * sample_rate_hz)
+def resampled_num_samples(num_samples: int, sample_rate_hz: int, target_hz: int = SAMPLE_RATE_HZ) -> int:
+    """Length at ``target_hz`` of ``num_samples`` at ``sample_rate_hz``, rounded half up (what soxr returns)."""
+    return (2 * num_samples * target_hz + sample_rate_hz) // (2 * sample_rate_hz)
+
+
+def codec_num_frames(num_samples: int, sample_rate_hz: int = CODEC_SAMPLE_RATE_HZ) -> int:
+    """Codec frames of a clip as stored; the last one may be part silence."""
+    return -(-resampled_num_samples(num_samples, sample_rate_hz, CODEC_SAMPLE_RATE_HZ) // SAMPLES_PER_CODEC_FRAME)
 
 
 def audio_num_frames(num_samples: int, sample_rate_hz: int = SAMPLE_RATE_HZ) -> int:

@@ -13,17 +13,18 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from omni_train.config import RunConfig, ShardsConfig, VisionModelConfig
+from omni_train.config import Objective, RunConfig, ShardsConfig, VisionModelConfig
 from omni_train.data.bad_samples import FIX, BadSampleLog, SampleCount
 from omni_train.data.chatml import Describe
 from omni_train.data.contracts import BadSample, Document, DocumentPlan, Pack, PackPlan
-from omni_train.data.encode import Encoder, RangeError, collate, dummy_pack
+from omni_train.data.encode import Encoder, RangeError, collate
 from omni_train.data.index import ShardIndex, ensure_index, expand
 from omni_train.data.layouts import layout_id
 from omni_train.data.loader import PackReader, StepLoader
 from omni_train.data.media_tokens import MediaGeometry
 from omni_train.data.planner import Planner, Source, plan_once
 from omni_train.data.shard import DataError, SampleError
+from omni_train.data.speech import SpeechEncoder
 from omni_train.data.tokenizer import fingerprint, load_tokenizer
 
 
@@ -37,7 +38,7 @@ class PackBuilder:
     """
 
     reader: PackReader
-    encoder: Encoder
+    encoder: Encoder | SpeechEncoder
     audio_window_sec: tuple[int, int]
     seed: int
 
@@ -50,10 +51,10 @@ class PackBuilder:
             except SampleError as error:
                 bad.append(BadSample(error.shard, error.key, error.offset, error.what))
         if not documents:
-            pack = dummy_pack(self.encoder.geometry, self.encoder.ids)
+            pack = self.encoder.dummy()
         else:
             windows = [self._window(document.sample_id, plan.step) for document in documents for _ in document.mels]
-            pack = collate(documents, windows, patch_dim=self.encoder.geometry.patch_dim)
+            pack = collate(documents, windows, patch_dim=self.encoder.patch_dim)
         pack.bad_samples = bad
         return pack
 
@@ -97,7 +98,11 @@ class DataPipeline:
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer, media_geometry(config.model.vision), config.stage.loss_on.name)
+        self.encoder: Encoder | SpeechEncoder
+        if config.stage.objective in (Objective.codec, Objective.code2wav):
+            self.encoder = SpeechEncoder(with_mels=config.stage.reconstruction.semantic > 0)
+        else:
+            self.encoder = Encoder(tokenizer, media_geometry(config.model.vision), config.stage.loss_on.name)
         self._indexed = SampleCount()
 
     @staticmethod
@@ -127,7 +132,7 @@ class DataPipeline:
         self, name: str, shards: list[tuple[str, ShardIndex]], weight: float = 1.0, max_epochs: float | None = None
     ) -> Source:
         lengths = [np.array([self.encoder.num_tokens(f) for f in index.samples], dtype=np.int64) for _, index in shards]
-        splittable = [np.array([not f.media for f in index.samples], dtype=bool) for _, index in shards]
+        splittable = [np.array([*map(self.encoder.is_splittable, index.samples)], dtype=bool) for _, index in shards]
         return Source(name, weight, lengths, splittable, max_epochs)
 
     def _builder(
@@ -157,7 +162,7 @@ class DataPipeline:
 
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""
-        return dummy_pack(self.encoder.geometry, self.encoder.ids)
+        return self.encoder.dummy()
 
     def validation_packs(self, name: str, settings: ShardsConfig, max_tokens: int) -> list[PackPlan]:
         """Plans of one ordered pass over a validation source, cut after ``max_tokens``."""

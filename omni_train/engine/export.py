@@ -20,6 +20,7 @@ from omni_train.config import ModelConfig, Objective, RunConfig, to_dict
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.components import component_of
+from omni_train.models.weights import codebooks
 
 
 def gathered(parameter: nn.Parameter):
@@ -58,7 +59,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     for name, parameter in module.named_parameters():
         if not any(name.startswith(f"{layer}.") for layer in expert_layers):
             state[name] = _whole(parameter).cpu()
-    return state
+    return state | {name: buffer.cpu() for name, buffer in codebooks(module).items()}
 
 
 def component_hashes(state: dict[str, Tensor]) -> dict[str, str]:
@@ -84,7 +85,7 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
 
     Thinker stages write a whole Qwen3OmniMoeThinkerForConditionalGeneration, with freshly initialised towers where
     the stage has none (text_pretrain). AuT and the captioner write their encoder under its name in the Thinker, and
-    their decoder.
+    their decoder; Code2Wav has its names in the whole model, the codec our own.
     """
     state: dict[str, Tensor] = {}
     for module in modules.values():
@@ -96,7 +97,7 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
         if config.stage.objective is Objective.next_token:
             write_thinker(state, config, tokenizer, temporary)
         else:
-            write_encoder_decoder(state, config, temporary)
+            write_part(state, config, temporary)
         tokenizer.save_pretrained(temporary)
         write_processor(config.model, temporary)
         make_readable(temporary)
@@ -132,8 +133,8 @@ def write_thinker(
     whole.save_pretrained(folder, state_dict=state)
 
 
-def write_encoder_decoder(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
-    """Save AuT or the captioner: one safetensors file and a config.json with the preset's sizes."""
+def write_part(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
+    """Save AuT, the captioner, the codec or Code2Wav: one safetensors file, a config.json with the preset's sizes."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     description = {"model_type": f"omni_train_{config.stage.objective.name}", "model": to_dict(config)["model"]}
     (folder / "config.json").write_text(json.dumps(description, indent=2))

@@ -104,6 +104,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather_over_ranks(values: Tensor) -> Tensor:
+    """The tensors [n, ...] of all ranks, of equal shape, one after another in order of rank."""
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank when it is true on one."""
     value = torch.tensor([float(flag)], device=device)

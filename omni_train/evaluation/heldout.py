@@ -42,17 +42,23 @@ def heldout_losses(
     for number, name in enumerate(MODALITIES):
         if sums[1, number] > 0:
             metrics[f"loss/{name}"] = float(sums[0, number] / sums[1, number])
+        if sums[3, number] > 0:
             metrics[f"exact/{name}"] = float(sums[2, number] / sums[3, number])
     return metrics, bad
 
 
 def pack_sums(output: dict[str, Tensor], num_documents: int) -> Tensor:
-    """[4, M] by modality: loss in nats, labels, documents answered exactly, documents with a label."""
-    labels, modality, document = output["labels"], output["modality"], output["document"]
-    sums = torch.zeros(4, len(MODALITIES), dtype=torch.float64, device=labels.device)
-    losses = output["losses"].double()
+    """[4, M] by modality: loss, what it counts, documents answered exactly, documents with a label.
+
+    Without labels (waves), the last two stay 0.
+    """
+    losses, modality = output["losses"].double(), output["modality"]
+    sums = torch.zeros(4, len(MODALITIES), dtype=torch.float64, device=losses.device)
     sums[0].index_add_(0, modality, losses)
     sums[1].index_add_(0, modality, torch.ones_like(losses))
+    if "labels" not in output:
+        return sums
+    labels, document = output["labels"], output["document"]
     wrong = torch.zeros(num_documents, dtype=torch.float64, device=labels.device)
     wrong.index_add_(0, document, (output["predictions"] != labels).double())
     labelled = torch.zeros(num_documents, dtype=torch.bool, device=labels.device)

@@ -14,12 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import (
     AudioModelConfig,
+    Code2WavModelConfig,
+    CodecModelConfig,
     ConfigError,
     DecoderModelConfig,
     ModelConfig,
     RunConfig,
     TextModelConfig,
     VisionModelConfig,
+    WaveHead,
 )
 from omni_train.data.contracts import Sample
 from omni_train.data.encode import Encoder, collate
@@ -59,6 +62,8 @@ def _model_config(values: dict[str, Any]) -> ModelConfig:
         "audio": AudioModelConfig(**values["audio"]),
         "vision": VisionModelConfig(**values["vision"]),
         "decoder": DecoderModelConfig(**values["decoder"]),
+        "codec": CodecModelConfig(**values["codec"]),
+        "code2wav": Code2WavModelConfig(**{**values["code2wav"], "head": WaveHead[values["code2wav"]["head"]]}),
     }
     return ModelConfig(**{**values, **parts})
 

@@ -13,6 +13,7 @@ from transformers.models.moonshine.configuration_moonshine import MoonshineConfi
 from transformers.models.moonshine.modeling_moonshine import MoonshineDecoder
 from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
     Qwen3OmniMoeAudioEncoderConfig,
+    Qwen3OmniMoeCode2WavConfig,
     Qwen3OmniMoeConfig,
     Qwen3OmniMoeThinkerConfig,
     Qwen3OmniMoeVisionEncoderConfig,
@@ -99,8 +100,10 @@ def thinker_config(
 
 
 def omni_config(model: ModelConfig) -> Qwen3OmniMoeConfig:
-    """The configuration of the whole model: Thinker, and the Talker, MTP and Code2Wav that ``model.extra`` holds."""
-    parts = {"enable_audio_output": False} if not model.extra else model.extra
+    """The configuration of the whole model: Thinker, Code2Wav, and the Talker with MTP that ``model.extra`` holds."""
+    parts = {"enable_audio_output": False}
+    if model.extra:
+        parts = {**model.extra, "code2wav_config": code2wav_config(model).to_dict()}
     return Qwen3OmniMoeConfig(thinker_config=thinker_config(model).to_dict(), **parts)
 
 
@@ -135,6 +138,24 @@ def vision_config(model: ModelConfig) -> Qwen3OmniMoeVisionEncoderConfig:
         num_position_embeddings=vision.num_position_embeddings,
         deepstack_visual_indexes=list(vision.deepstack_visual_indexes),
         out_hidden_size=model.text.hidden_size,
+    )
+
+
+def code2wav_config(model: ModelConfig) -> Qwen3OmniMoeCode2WavConfig:
+    """Code2Wav's transformers configuration."""
+    code2wav = model.code2wav
+    return Qwen3OmniMoeCode2WavConfig(
+        num_quantizers=code2wav.num_quantizers,
+        codebook_size=code2wav.codebook_size,
+        hidden_size=code2wav.hidden_size,
+        num_hidden_layers=code2wav.num_hidden_layers,
+        num_attention_heads=code2wav.num_attention_heads,
+        num_key_value_heads=code2wav.num_key_value_heads,
+        intermediate_size=code2wav.intermediate_size,
+        sliding_window=code2wav.sliding_window,
+        decoder_dim=code2wav.decoder_dim,
+        upsample_rates=list(code2wav.upsample_rates),
+        upsampling_ratios=list(code2wav.upsampling_ratios),
     )
 
 
@@ -230,8 +251,11 @@ def fan_in_init(module: nn.Module) -> None:
     s).
     """
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)):
+            fan_in = layer.weight[0].numel()
+            if isinstance(layer, nn.ConvTranspose1d):  # [in, out, kernel]: kernel / stride inputs reach an output
+                fan_in = layer.weight.shape[0] * layer.kernel_size[0] // layer.stride[0]
+            nn.init.normal_(layer.weight, std=fan_in**-0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     for name, parameter in module.named_parameters():

@@ -21,6 +21,9 @@ PATTERNS = (
     ("mtp", r"talker\.code_predictor\."),
     ("talker", r"talker\."),
     ("code2wav", r"code2wav\."),
+    ("codec_encoder", r"codec_encoder\."),
+    ("codec_decoder", r"codec_decoder\."),
+    ("discriminator", r"discriminator\."),
     ("llm", r"(llm\.)?(model|lm_head)\."),
 )
 

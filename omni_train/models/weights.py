@@ -66,7 +66,7 @@ def load_components(module: nn.Module, folder: Path, components: set[str]) -> se
     head; the others stay as initialised. Raises ConfigError naming a tensor that is missing or has another shape.
     """
     weights, found = WeightFolder(folder), set()
-    for name, parameter in module.named_parameters():
+    for name, parameter in (*module.named_parameters(), *codebooks(module).items()):
         component = component_of(name)
         if component not in components:
             continue
@@ -86,6 +86,11 @@ def load_components(module: nn.Module, folder: Path, components: set[str]) -> se
             )
         parameter.copy_(tensor)
     return found
+
+
+def codebooks(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are trained like weights: a codec's codebooks with their statistics, by name."""
+    return {name: buffer for name, buffer in module.named_buffers() if ".quantizer." in name}
 
 
 def _hint(folder: Path) -> str:

@@ -30,6 +30,8 @@ from transformers.video_utils import load_video
 
 from omni_train.config import (
     AudioModelConfig,
+    Code2WavModelConfig,
+    CodecModelConfig,
     DecoderModelConfig,
     ModelConfig,
     RunConfig,
@@ -75,6 +77,17 @@ MICRO = ModelConfig(
         video_max_frames=16,
     ),
     decoder=DecoderModelConfig(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+    codec=CodecModelConfig(encoder_dim=16, latent_dim=8, num_codebooks=2, codebook_size=16),
+    code2wav=Code2WavModelConfig(
+        num_quantizers=2,
+        codebook_size=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        decoder_dim=32,
+    ),
 )
 
 VIDEO_KINDS = ("video", "video_audio", "video_and_picture")

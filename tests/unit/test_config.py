@@ -50,7 +50,8 @@ def test_one_override_moves_every_stage_to_another_corpus(name: str) -> None:
         trained |= sources
     folders = {pattern.split("/")[1] for pattern in trained}
     card = yaml.safe_load((CONF_DIR.parent / "data" / name / "card.yaml").read_text())
-    assert folders == {source for source, (in_train, *_) in card["sources"].items() if in_train}
+    kept_back = {"talk_new_speaker"}  # a voice that nothing may have heard before it is fine-tuned to
+    assert folders == {source for source, (in_train, *_) in card["sources"].items() if in_train} - kept_back
 
 
 def test_a_corpus_leaves_what_is_overridden_beside_it() -> None:

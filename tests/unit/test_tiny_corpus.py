@@ -79,7 +79,11 @@ def test_keys_are_unique(samples):
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_splits_share_no_variant_of_a_voice(samples, one, other):
     heard = [
-        {sample["json"]["speaker"].partition("+")[2] for sample in samples[split] if "speaker" in sample["json"]}
+        {
+            sample["json"]["speaker"].partition("+")[2]
+            for sample in samples[split]
+            if "speaker" in sample["json"] and not sample["source"].startswith("talk")
+        }
         for split in (one, other)
     ]
     assert all(heard) and not heard[0] & heard[1]
@@ -184,3 +188,26 @@ def test_a_finished_corpus_is_not_made_again_and_half_of_one_is_redone(tmp_path,
     assert prepare.prepare(tmp_path, scale=SCALE) == half
     assert len(builds) == 1
     assert prepare.prepare(tmp_path, seed=1, scale=SCALE) != half
+
+
+def test_replies_are_spoken_at_24_khz_by_named_speakers(samples):
+    heard = {}
+    for split, own in samples.items():
+        for sample in (sample for sample in own if sample["source"].startswith("talk")):
+            request, reply = sample["json"]["messages"]
+            text, speech = reply["content"]
+            assert request["content"][0]["text"] == f"say: {text['text']}"
+            info = soundfile.info(io.BytesIO(sample[speech["audio"]]))
+            assert (info.samplerate, info.channels) == (24_000, 1) and 0.5 < info.duration < 2.5
+            heard.setdefault(sample["source"], set()).add((split, sample["json"]["speaker"]))
+    everywhere = {(split, speaker) for split in samples for speaker in voices.SPEAKERS}
+    assert heard["talk"] == everywhere
+    assert {speaker for _, speaker in heard["talk_new_speaker"]} == set(voices.NEW_SPEAKERS)
+
+
+def test_phrases_of_replies_are_held_out_and_their_words_are_not():
+    pools = texts.talk_phrases(0)
+    assert [len(pools[split]) for split in ("train", "validation", "heldout")] == [184, 24, 48]
+    assert len(set().union(*pools.values())) == 256
+    words = [{word for phrase in pools[split] for word in phrase.split()} for split in ("train", "heldout")]
+    assert words[0] == set(texts.TALK[0] + texts.TALK[1] + texts.TALK[2]) >= words[1]

@@ -1,0 +1,245 @@
+"""What a codec and Code2Wav keep of held-out speech: words that a recogniser hears, STOI.
+
+    originals of train ──▶ Recogniser (character CTC; knows nothing of any codec)
+    held-out waves ──codes──▶ mel decoder ──▶ mel ──┐
+                        └───▶ Code2Wav ──▶ wave ────┴──Recogniser──▶ words of the lexicon ──▶ codec_words_mel, _wave
+                                             └──STOI against the original──▶ codec_stoi
+
+Shapes: B clips, N samples, M mel bands, F frames of 10 ms, C characters with the blank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni_train.config import ConfigError, Objective, RunConfig
+from omni_train.data.contracts import Sample
+from omni_train.data.encode import padded_waves
+from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
+from omni_train.data.pipeline import DataPipeline
+from omni_train.data.speech import SpeechEncoder
+from omni_train.engine.parallel import Ranks
+from omni_train.evaluation.capabilities import gather, split_tasks
+from omni_train.evaluation.stoi import stoi
+from omni_train.models.code2wav import Code2Wav
+from omni_train.models.codec import HOP, NUM_MELS, Codec, CodecEncoder, FrozenCodec, codec_mel
+from omni_train.models.weights import load_components
+
+CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"
+WIDTH, NUM_BLOCKS = 96, 4
+TRAIN_STEPS, TRAIN_CLIPS, TRAIN_LR = 600, 32, 2e-3
+BATCH_CLIPS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A wave at 24 kHz and the words that are said."""
+
+    wave: np.ndarray
+    text: str
+
+
+class Recogniser(nn.Module):
+    """Convolutions over log-mel → character logits at 50 Hz. Its words are the nearest of the ``lexicon``."""
+
+    def __init__(self, lexicon: Sequence[str]) -> None:
+        super().__init__()
+        self.lexicon = sorted(lexicon)
+        self.conv_in = nn.Conv1d(NUM_MELS, WIDTH, 5, 2, 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 5, padding=2), nn.BatchNorm1d(WIDTH), nn.ReLU())
+            for _ in range(NUM_BLOCKS)
+        )
+        self.out = nn.Conv1d(WIDTH, len(CHARACTERS) + 1, 1)
+
+    def forward(self, mel_BMF: Tensor) -> Tensor:
+        """[B, C, F / 2]."""
+        hidden = self.conv_in(mel_BMF)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.out(hidden)
+
+    @torch.no_grad()
+    def words(self, mel_BMF: Tensor, num_samples: Sequence[int]) -> list[str]:
+        """What is heard in each clip: the best path, each of its words snapped to the lexicon."""
+        best = self(mel_BMF).argmax(1)
+        heard = []
+        for path, length in zip(best.tolist(), num_samples, strict=True):
+            path = path[: length // (2 * HOP) + 1]
+            kept = [c for before, c in zip([-1, *path], path, strict=False) if c != before and c < len(CHARACTERS)]
+            text = "".join(CHARACTERS[c] for c in kept)
+            heard.append(" ".join(self.snap(word) for word in text.split()))
+        return heard
+
+    def snap(self, word: str) -> str:
+        """The word of the lexicon at the least edit distance."""
+        return min(self.lexicon, key=lambda known: edit_distance(word, known))
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Levenshtein distance in characters."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(other, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+    return row[-1]
+
+
+def train_recogniser(clips: Sequence[Clip], *, seed: int, num_steps: int = TRAIN_STEPS) -> Recogniser:
+    """A recogniser of the words in ``clips``, which it alone hears; loudness, colour and noise are varied."""
+    texts = [[CHARACTERS.index(c) for c in clip.text] for clip in clips]
+    waves, lengths = batch([clip.wave for clip in clips])
+    mels, generator = codec_mel(waves), torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Recogniser({word for clip in clips for word in clip.text.split()})
+    optimizer = torch.optim.AdamW(model.parameters(), TRAIN_LR)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, num_steps)
+    for _ in range(num_steps):
+        chosen = torch.randint(len(clips), (TRAIN_CLIPS,), generator=generator)
+        mel = mels[chosen]
+        for scale, shape in ((0.3, mel.shape), (0.2, (*mel.shape[:2], 1)), (0.3, (len(mel), 1, 1))):
+            mel = mel + scale * torch.rand((), generator=generator) * torch.randn(shape, generator=generator)
+        logits = model(mel)
+        targets = [texts[n] for n in chosen.tolist()]
+        loss = F.ctc_loss(
+            logits.permute(2, 0, 1).log_softmax(-1),
+            torch.tensor([c for text in targets for c in text]),
+            (lengths[chosen] // (2 * HOP) + 1).clamp(max=logits.shape[-1]),
+            torch.tensor([len(text) for text in targets]),
+            blank=len(CHARACTERS),
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def batch(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """(waves [B, N] padded to whole codec frames, lengths [B])."""
+    padded = padded_waves(list(waves))
+    return padded["waves"], padded["wave_lengths"]
+
+
+def word_accuracy(pairs: Sequence[tuple[str, str]]) -> float:
+    """1 − word error rate of (heard, said), at least 0."""
+    heard, said = zip(*pairs, strict=True)
+    return max(0.0, 1.0 - float(jiwer.wer(list(said), list(heard))))
+
+
+def clips_of(samples: Sequence[Sample]) -> list[Clip]:
+    """The speech of each sample and the text of its reply. Raises ConfigError for text that is no plain English."""
+    encoder, clips = SpeechEncoder(), []
+    for sample in samples:
+        reply = sample.content["messages"][-1]["content"]
+        text = reply if isinstance(reply, str) else "".join(p["text"] for p in reply if p["type"] == "text")
+        text = text.strip().lower()
+        if strange := set(text) - set(CHARACTERS):
+            raise ConfigError(
+                f"sample {sample.id} says {text!r}: the recogniser that measures speech knows a–z, space and ' alone, "
+                f"not {''.join(sorted(strange))!r}; measure tasks of plain words"
+            )
+        clips.append(Clip(np.concatenate(encoder.encode(sample).waves), text))
+    return clips
+
+
+def listener_of(data: DataPipeline, task: str, source: str, run_dir: Path | None) -> Recogniser:
+    """The recogniser of a task's training split, kept in a run folder for all measurements of that run."""
+    path = run_dir / f"recogniser_{task}.pt" if run_dir else None
+    if path and path.exists():
+        state = torch.load(path, weights_only=True)
+        listener = Recogniser(state["lexicon"]).eval()
+        listener.load_state_dict(state["weights"])
+        return listener
+    listener = train_recogniser(clips_of(split_tasks(data, {task: source}, "train")[task]), seed=0)
+    if path and dist.get_rank() == 0:
+        torch.save({"lexicon": listener.lexicon, "weights": listener.state_dict()}, path)
+    dist.barrier()
+    return listener
+
+
+@dataclass(slots=True)
+class SpeechFigures:
+    """Figures of a task by name, those of its control (the words of another item), and (heard, said) of its items."""
+
+    name: str
+    figures: dict[str, float]
+    controls: dict[str, float]
+    pairs: list[tuple[str, str]]
+
+
+def speech_figures(
+    config: RunConfig, folder: Path, tasks: dict[str, str], split: str, ranks: Ranks, run_dir: Path | None
+) -> Iterator[SpeechFigures]:
+    """Figures of an export of codec (words at mel level) or code2wav (words and STOI of waves). Collective."""
+    data, reconstruct = DataPipeline.of(config), load_reconstruction(config, folder)
+    level = "mel" if config.stage.objective is Objective.codec else "wave"
+    for task, samples in split_tasks(data, tasks, split).items():
+        listener = listener_of(data, task, tasks[task], run_dir)
+        mine = clips_of(samples[ranks.rank :: ranks.world])
+        found: list[tuple] = []
+        for start in range(0, len(mine), BATCH_CLIPS):
+            part = mine[start : start + BATCH_CLIPS]
+            waves, lengths = batch([clip.wave for clip in part])
+            mel, made = reconstruct(waves, lengths)
+            heard = listener.words(mel, lengths.tolist())
+            quality = [0.0] * len(part) if made is None else list(map(stoi_of, part, made))
+            found += zip(heard, [clip.text for clip in part], quality, strict=True)
+        results = gather(found, ranks)
+        pairs = [(heard, said) for heard, said, _ in results]
+        swapped = [(heard, other) for (heard, _), (_, other) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
+        figures = {f"codec_words_{level}": word_accuracy(pairs)}
+        controls = {f"codec_words_{level}": word_accuracy(swapped)}
+        if level == "wave":
+            figures["codec_stoi"] = float(np.mean([quality for _, _, quality in results]))
+        yield SpeechFigures(task, figures, controls, pairs)
+
+
+Reconstruct = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""Waves [B, N] with lengths [B] → (what the recogniser hears of what is left of them, waves [B, N] if any were made)"""
+
+
+def load_reconstruction(config: RunConfig, folder: Path) -> Reconstruct:
+    """Through the codes of an export and back: to mel by a codec's own decoder, to waves by Code2Wav."""
+    if config.stage.objective is Objective.codec:
+        codec = Codec(config.model.codec).eval()
+        load_components(codec, folder, {"codec_encoder", "codec_decoder"})
+        return partial(to_mel, codec)
+    coder, code2wav = FrozenCodec(config.model.codec).eval(), Code2Wav(config.model).eval()
+    load_components(coder, folder, {"codec_encoder"})
+    load_components(code2wav, folder, {"code2wav"})
+    return partial(to_wave, coder.codec_encoder, code2wav)
+
+
+@torch.no_grad()
+def to_mel(codec: Codec, waves_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, None]:
+    """What the mel decoder makes of the codes of waves."""
+    quantizer = codec.codec_encoder.quantizer
+    codes_BTG = codec.codec_encoder.encode(waves_BN).transpose(1, 2)
+    return codec.codec_decoder(quantizer.decode(codes_BTG)), None
+
+
+@torch.no_grad()
+def to_wave(encoder: CodecEncoder, code2wav: Code2Wav, waves_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """What Code2Wav makes of the codes of waves, silent behind their ends."""
+    made = code2wav.decode(encoder.encode(waves_BN))
+    made = F.pad(made, (0, waves_BN.shape[1] - made.shape[1]))
+    made = made * (torch.arange(made.shape[1]) < lengths_B[:, None])
+    return codec_mel(made), made
+
+
+def stoi_of(clip: Clip, made_N: Tensor) -> float:
+    """STOI of a reconstruction against its clip."""
+    return stoi(clip.wave, made_N[: len(clip.wave)].numpy(), CODEC_SAMPLE_RATE_HZ)
