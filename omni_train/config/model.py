@@ -1,22 +1,13 @@
-"""The sizes of a model, checked where transformers does not check them; and the configuration's error."""
+"""The sizes of a model, checked where transformers does not check them."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """Something in the configuration that a user can mend; the message says what, where and how."""
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """'; did you mean ...' or the list of valid choices, for an error message."""
-    choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(choices)}"
+from omni_train.config.errors import ConfigError as ConfigError
+from omni_train.config.errors import nearest as nearest
+from omni_train.config.talker import TalkerModelConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -137,13 +128,14 @@ class DecoderModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A preset's sizes. ``extra`` holds parts that no stage trains yet (Talker, MTP, Code2Wav), by upstream's names."""
+    """A preset's sizes. ``extra`` holds parts that no stage trains yet (Code2Wav), by upstream's names."""
 
     name: str
     text: TextModelConfig
     audio: AudioModelConfig
     vision: VisionModelConfig
     decoder: DecoderModelConfig
+    talker: TalkerModelConfig | None = None  # a preset without one trains no speech
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,4 +143,9 @@ class ModelConfig:
         if levels >= layers:  # what is added after the last layer never reaches a text position
             raise ConfigError(
                 f"model.vision.deepstack_visual_indexes has {levels} levels; use fewer than the LLM's {layers} layers"
+            )
+        if self.talker is not None and not levels < self.talker.accept_hidden_layer <= layers:
+            raise ConfigError(
+                f"model.talker.accept_hidden_layer ({self.talker.accept_hidden_layer}) must be more than the "
+                f"{levels} DeepStack levels, whose features it hands on, and at most the LLM's {layers} layers"
             )
