@@ -20,6 +20,10 @@ from omni_train.config.model import ConfigError, ModelConfig, nearest
 from omni_train.config.model import DecoderModelConfig as DecoderModelConfig
 from omni_train.config.model import TextModelConfig as TextModelConfig
 from omni_train.config.model import VisionModelConfig as VisionModelConfig
+from omni_train.config.talker import CodecTokens as CodecTokens
+from omni_train.config.talker import MtpConfig as MtpConfig
+from omni_train.config.talker import TalkerDecoderConfig as TalkerDecoderConfig
+from omni_train.config.talker import TalkerModelConfig as TalkerModelConfig
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -36,6 +40,8 @@ class Objective(Enum):
     next_token = "next_token"  # the Thinker: text positions of packed documents
     transcription = "transcription"  # AuT: audio encoder + decoder, sequence to sequence
     captioning = "captioning"  # vision encoder + a throw-away decoder, sequence to sequence
+    talker = "talker"  # Talker and MTP beside a frozen Thinker: the codes of a reply
+    talker_dpo = "talker_dpo"  # the same on pairs of replies, against a frozen copy of themselves
 
 
 class LossOn(Enum):
@@ -49,6 +55,8 @@ TRAINABLE = {
     Objective.next_token: ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"),
     Objective.transcription: ("audio_encoder", "aut_decoder"),
     Objective.captioning: ("vision_encoder", "vision_decoder"),
+    Objective.talker: ("talker", "mtp"),
+    Objective.talker_dpo: ("talker", "mtp"),
 }
 """Components that an objective's gradient reaches; a stage may train these and no others."""
 
@@ -103,6 +111,8 @@ class StageConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
     ctc_weight: float = 0.0  # transcription only: an auxiliary CTC loss on the encoder breaks the early plateau
+    code_noise: float = 0.0  # talker only: share of the codes read that are random; the key to unseen combinations
+    dpo_beta: float = 0.1  # talker_dpo only: how far from the reference a preference may lead
     yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
 
     def __post_init__(self) -> None:
@@ -128,6 +138,12 @@ class StageConfig:
             raise ConfigError(
                 f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out"
             )
+        if not 0 <= self.code_noise < 1 or (self.code_noise and self.objective is not Objective.talker):
+            raise ConfigError(
+                f"stage.code_noise ({self.code_noise}) must lie in 0 … 1, and be 0 for another objective than talker"
+            )
+        if self.dpo_beta <= 0:
+            raise ConfigError(f"stage.dpo_beta ({self.dpo_beta}) must be positive")
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
 
@@ -263,13 +279,17 @@ class RunConfig:
     wandb_mode: str = "offline"  # online | offline | disabled
 
     def __post_init__(self) -> None:
-        experts, ep = self.model.text.num_experts, self.engine.expert_parallel
-        if experts % ep:
-            divisors = [n for n in range(1, experts + 1) if experts % n == 0]
-            best = min(divisors, key=lambda n: abs(n - ep))
-            raise ConfigError(
-                f"engine.expert_parallel ({ep}) must divide model.text.num_experts ({experts}); try {best}"
-            )
+        ep = self.engine.expert_parallel
+        sharded = {"model.text": self.model.text.num_experts}
+        if "talker" in self.stage.components and self.model.talker is not None:
+            sharded["model.talker.decoder"] = self.model.talker.decoder.num_experts
+        for part, experts in sharded.items():
+            if experts % ep:
+                divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+                best = min(divisors, key=lambda n: abs(n - ep))
+                raise ConfigError(
+                    f"engine.expert_parallel ({ep}) must divide {part}.num_experts ({experts}); try {best}"
+                )
         if self.engine.num_processes % ep and self.engine.num_processes > 1:
             raise ConfigError(
                 f"engine.expert_parallel ({ep}) must divide the number of processes ({self.engine.num_processes})"
@@ -361,6 +381,7 @@ def key_paths(schema: type, prefix: str = "") -> list[str]:
     for name, kind in get_type_hints(schema).items():
         paths.append(prefix + name)
         inner = get_args(kind)[1] if get_origin(kind) is dict else kind
+        inner = next((part for part in get_args(inner) if is_dataclass(part)), inner)  # of "X | None"
         if isinstance(inner, type) and is_dataclass(inner):
             paths += key_paths(inner, f"{prefix}{name}." + ("*." if inner is not kind else ""))
     return paths

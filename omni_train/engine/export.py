@@ -55,6 +55,10 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
         state[f"{name}.experts.gate_up_proj"] = torch.cat([w1, w3], dim=1).cpu()
         state[f"{name}.experts.down_proj"] = w2.cpu()
         state[f"{name}.gate.weight"] = _whole(layer.router.gate.weight).cpu()
+        if layer.shared_experts is not None:
+            for part, parameter in layer.shared_experts.named_parameters():
+                state[f"{name}.shared_expert.{part}"] = _whole(parameter).cpu()
+            state[f"{name}.shared_expert_gate.weight"] = _whole(layer.shared_experts_gate.weight).cpu()
     for name, parameter in module.named_parameters():
         if not any(name.startswith(f"{layer}.") for layer in expert_layers):
             state[name] = _whole(parameter).cpu()

@@ -69,6 +69,9 @@ TALKER_TOKEN_FIELDS = (
 ROPE_FIELDS = ("mrope_section", "rope_theta")
 ROLE_FIELDS = {"system_token_id": "system", "user_token_id": "user", "assistant_token_id": "assistant"}
 
+AUDIO_WINDOW_FRAMES = 50
+"""Half a chunk of the audio encoder, in mel frames. NOTE: upstream counts tokens wrongly for any other value."""
+
 EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)$")
 
 
@@ -135,14 +138,15 @@ def talker_config(
 ) -> Qwen3OmniMoeTalkerConfig:
     """The Talker's transformers configuration. Raises ConfigError for a preset without a Talker.
 
-    NOTE: ``audio_config`` is no field of stock's, but stock's get_rope_index reads it where a picture meets a sound.
+    NOTE: stock's get_rope_index reads ``audio_config.n_window`` of this configuration, which has none, where a picture
+    meets a sound. The attribute map, which a config.json keeps, finds it in ``text_config``.
     """
     talker = model.talker
     if talker is None:
         raise ConfigError(f"model preset '{model.name}' has no Talker; add model.talker, or choose a preset with one")
     decoder, mtp, tokens = talker.decoder, talker.mtp, talker.tokens
     text_config = {name: getattr(decoder, name) for name in decoder.__slots__ if name not in ROPE_FIELDS}
-    text_config["vocab_size"] = talker.vocab_size
+    text_config |= {"vocab_size": talker.vocab_size, "n_window": AUDIO_WINDOW_FRAMES}
     text_config["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": decoder.rope_theta,
@@ -164,7 +168,7 @@ def talker_config(
         thinker_hidden_size=model.text.hidden_size,
         spatial_merge_size=model.vision.spatial_merge_size,
         position_id_per_seconds=13,
-        audio_config=audio_config(model).to_dict(),
+        attribute_map={"audio_config": "text_config"},
         codec_pad_id=tokens.pad,
         codec_bos_id=tokens.bos,
         codec_eos_token_id=tokens.eos,
@@ -187,7 +191,7 @@ def audio_config(model: ModelConfig) -> Qwen3OmniMoeAudioEncoderConfig:
         encoder_ffn_dim=audio.encoder_ffn_dim,
         downsample_hidden_size=audio.downsample_hidden_size,
         max_source_positions=audio.max_source_positions,
-        n_window=50,
+        n_window=AUDIO_WINDOW_FRAMES,
         n_window_infer=audio.n_window_infer,
         output_dim=model.text.hidden_size,
     )

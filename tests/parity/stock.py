@@ -18,7 +18,7 @@ import soundfile
 import torch
 from clips import steady_video
 from PIL import Image
-from support import Case, run_config, run_config_in, stock_arguments, tokenizer_folder
+from support import Case, micro_talker, run_config, run_config_in, stock_arguments, tokenizer_folder
 from torch import nn
 from torchvision_for_tests import import_torchvision
 from transformers import AutoTokenizer, Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor
@@ -75,6 +75,14 @@ MICRO = ModelConfig(
         video_max_frames=16,
     ),
     decoder=DecoderModelConfig(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+    talker=micro_talker(accept_hidden_layer=3),
+    extra={
+        "code2wav_config": {
+            "num_quantizers": 4, "codebook_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "decoder_dim": 16,
+            "upsample_rates": [2, 2, 2, 2], "upsampling_ratios": [2, 2],
+        }
+    },
 )
 
 VIDEO_KINDS = ("video", "video_audio", "video_and_picture")

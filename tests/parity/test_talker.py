@@ -1,0 +1,259 @@
+"""The Talker, teacher-forced, against what stock `transformers` computes while it generates the same tokens.
+
+Stock's whole model answers in text and speech; hooks on its heads record the logits of every code that it drew. Our
+Talker reads the finished answer in one pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+from stock import MICRO, encoder_of, perturb, sample, stock_inputs
+from support import tokenizer_folder
+from transformers import Qwen3OmniMoeForConditionalGeneration
+
+from omni_train.config import load
+from omni_train.data.contracts import Document
+from omni_train.data.encode import collate
+from omni_train.data.speech import SpeechFormat, SpeechTokens, system_tokens, talker_sequence, with_noise
+from omni_train.data.tokenizer import TokenIds, load_tokenizer, train_tokenizer
+from omni_train.engine.export import write_processor
+from omni_train.models.build import build_talker, build_thinker, omni_config, talker_config, thinker_config
+from omni_train.models.talker import Talker, states_for_talker
+from omni_train.models.thinker import compose
+
+KINDS = ("text", "audio", "image", "image_audio", "video_audio", "two_pictures")
+NUM_TEXT, NUM_FRAMES = 6, 11
+TOLERANCE = 1e-4
+
+
+def model_of(accept_hidden_layer: int):
+    """MICRO with four layers, of whose states the Talker reads those after the third or after all."""
+    text = dataclasses.replace(MICRO.text, num_hidden_layers=4)
+    return dataclasses.replace(
+        MICRO, text=text, talker=dataclasses.replace(MICRO.talker, accept_hidden_layer=accept_hidden_layer)
+    )
+
+
+@dataclasses.dataclass
+class Models:
+    """Stock's whole model and our modules with the same weights."""
+
+    stock: torch.nn.Module
+    thinker: torch.nn.Module
+    talker: Talker
+    accept_hidden_layer: int
+    tokenizer: str
+
+
+def build_models(accept_hidden_layer: int, folder: str) -> Models:
+    model, tokenizer = model_of(accept_hidden_layer), load_tokenizer(folder)
+    thinker = build_thinker(thinker_config(model, tokenizer), seed=0).eval()
+    talker = build_talker(talker_config(model, tokenizer), seed=1, embedding_std=0.5).eval()
+    perturb(thinker)
+    perturb(talker, seed=1)
+    stock = Qwen3OmniMoeForConditionalGeneration(omni_config(model, tokenizer)).eval()
+    stock.thinker.load_state_dict(thinker.state_dict())
+    stock.talker.load_state_dict(talker.state_dict())
+    return Models(stock, compose(thinker), Talker(talker), accept_hidden_layer, folder)
+
+
+@pytest.fixture(scope="module")
+def whole_roles(tmp_path_factory) -> str:
+    """A tokenizer whose roles are single tokens, as in the published one."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["user\nassistant\n"] * 8, 320, folder)
+    assert len(SpeechTokens.of(load_tokenizer(folder)).head) == 3
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["after layer 3", "after the last norm, roles in pieces"])
+def models(request, whole_roles) -> Models:
+    if request.param == "after layer 3":
+        return build_models(3, whole_roles)
+    assert len(SpeechTokens.of(load_tokenizer(tokenizer_folder())).head) > 3
+    return build_models(4, tokenizer_folder())
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory, models):
+    folder = tmp_path_factory.mktemp("media")
+    write_processor(MICRO, folder)
+    load_tokenizer(models.tokenizer).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def stock_answer(models: Models, kind: str, media):
+    """(text ids, codes [G, T], logits of first codes [T + 1, V], logits of residual codes [T, G-1, C]) of an answer.
+
+    The last logits of first codes are those after the last frame.
+    NOTE: stock tells its Thinker alone that a video's sound is heard, unless a call tells its Talker too.
+    """
+    stock, first, residual, codes = models.stock, [], [], []
+    handles = [stock.talker.codec_head.register_forward_hook(lambda m, i, out: first.append(out[0, -1]))]
+    handles += [
+        head.register_forward_hook(lambda m, i, out: residual.append(out[0, -1]))
+        for head in stock.talker.code_predictor.lm_head
+    ]
+    stock.code2wav.chunked_decode = lambda found, **_: codes.append(found[0]) or torch.zeros(1, 1, 8)
+    inputs = stock_inputs(kind, media, media, answer="")
+    torch.manual_seed(0)
+    sequences, _ = stock.generate(
+        **{name: value for name, value in inputs.items() if name != "token_type_ids"},
+        speaker="aiden",
+        thinker_max_new_tokens=NUM_TEXT + 1,
+        thinker_do_sample=False,
+        thinker_eos_token_id=None,
+        thinker_pad_token_id=0,
+        thinker_suppress_tokens=list(range(256, MICRO.text.vocab_size)),  # letters only
+        talker_max_new_tokens=NUM_FRAMES + 1,
+        talker_min_new_tokens=NUM_FRAMES + 1,
+        talker_pad_token_id=0,
+        talker_repetition_penalty=1.0,
+        talker_use_audio_in_video=bool(inputs.get("use_audio_in_video")),
+    )
+    for handle in handles:
+        handle.remove()
+    text = sequences[0, inputs["input_ids"].shape[1] : -1].numpy()
+    groups = len(codes[0])
+    return text, codes[0].numpy(), torch.stack(first), torch.stack(residual).view(-1, groups - 1, residual[0].shape[-1])
+
+
+def answered(prompt: Document, text: np.ndarray, ids: TokenIds) -> Document:
+    """The prompt continued by a reply of these tokens."""
+    reply = np.array([*text, ids.im_end])
+    positions = np.tile(np.arange(len(reply)) + prompt.position_ids.max() + 1, (3, 1))
+    return dataclasses.replace(
+        prompt,
+        input_ids=np.concatenate([prompt.input_ids, reply]),
+        labels=np.full(len(prompt.input_ids) + len(reply), -100),
+        position_ids=np.concatenate([prompt.position_ids, positions], axis=1),
+    )
+
+
+def spoken(kind: str, media, text: np.ndarray, codes: np.ndarray, system: str = "") -> Document:
+    """The document of an answer in text and codes, with the tokenizer in the media's folder."""
+    encoder = encoder_of(str(media))
+    tokenizer = encoder.tokenizer
+    document = answered(encoder.prompt_and_answer(sample(kind, media))[0], text, encoder.ids)
+    format = SpeechFormat(MICRO.talker, SpeechTokens.of(tokenizer))
+    prefix = system_tokens(system, tokenizer)
+    document.speeches = [talker_sequence(document, prefix, codes, "aiden", format, encoder.geometry)]
+    return document
+
+
+@torch.no_grad()
+def ours(models: Models, documents: list[Document]) -> dict[str, torch.Tensor]:
+    pack = collate(documents, patch_dim=encoder_of().geometry.patch_dim)
+    media_embeds = models.thinker.towers(pack)
+    states = states_for_talker(models.thinker.llm, pack, media_embeds, models.accept_hidden_layer)
+    return models.talker(pack.speech, states)
+
+
+@pytest.fixture(scope="module")
+def answers(models, media):
+    return {kind: stock_answer(models, kind, media) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_equal_stock_generation(kind, models, answers, media):
+    text, codes, first, residual = answers[kind]
+    output = ours(models, [spoken(kind, media, text, codes)])
+    labels = torch.tensor([*codes[0], MICRO.talker.tokens.eos])
+    assert output["labels"].tolist() == labels.tolist()
+    theirs = first.log_softmax(-1)[torch.arange(len(labels)), labels]
+    assert (output["losses"] + theirs).abs().max() < TOLERANCE
+    assert theirs.std() > 0.3  # log-probabilities that differ: equal ones would prove little
+    targets = torch.tensor(codes[1:].T)
+    theirs = residual.log_softmax(-1).gather(-1, targets[:, :, None])[:, :, 0]
+    assert output["residual_losses"].shape == theirs.shape == (NUM_FRAMES, 3)
+    assert (output["residual_losses"] + theirs).abs().max() < TOLERANCE
+    assert theirs.std() > 0.3
+    assert (output["predictions"] == first.argmax(-1)).all()
+    assert (output["residual_predictions"] == residual.argmax(-1)).all()
+
+
+def test_a_pack_of_all_kinds_equals_its_documents_alone(models, answers, media):
+    documents = [spoken(kind, media, *answers[kind][:2]) for kind in KINDS]
+    together = ours(models, documents)
+    alone = [ours(models, [document]) for document in documents]
+    for name in ("losses", "residual_losses"):
+        assert (together[name] - torch.cat([output[name] for output in alone])).abs().max() < 1e-5
+    assert together["sequence"].tolist() == [n for n in range(len(KINDS)) for _ in range(NUM_FRAMES + 1)]
+    assert together["frame_sequence"].tolist() == [n for n in range(len(KINDS)) for _ in range(NUM_FRAMES)]
+
+
+def test_a_talker_s_own_system_prompt_changes_what_it_says(models, answers, media):
+    text, codes, *_ = answers["image_audio"]
+    stock, prompted = (spoken("image_audio", media, text, codes, system) for system in ("", "speak slowly"))
+    extra = prompted.num_tokens - stock.num_tokens
+    assert extra == len(system_tokens("speak slowly", encoder_of(str(media)).tokenizer)) > 0
+    before, after = stock.speeches[0], prompted.speeches[0]
+    assert (after.text_ids[extra:] == before.text_ids).all()
+    assert (after.position_ids[:, extra:] == before.position_ids + extra).all()
+    difference = ours(models, [stock])["losses"] - ours(models, [prompted])["losses"]
+    assert difference.abs().max() > 0.1
+
+
+def test_noise_is_read_and_not_predicted(models, answers, media):
+    document = spoken("audio", media, *answers["audio"][:2])
+    (clean,) = document.speeches
+    noisy = with_noise(clean, 0.5, MICRO.talker.codebook_size, np.random.default_rng(0))
+    assert 0.3 < (noisy.input_codes != clean.codes).mean() < 0.7
+    before = ours(models, [document])
+    after = ours(models, [dataclasses.replace(document, speeches=[noisy])])
+    assert after["labels"].tolist() == before["labels"].tolist()
+    assert after["losses"][0] == pytest.approx(float(before["losses"][0]), abs=1e-5)  # no frame read yet
+    assert (after["losses"] - before["losses"]).abs().max() > 0.1
+
+
+# The code predictor at full size.
+
+
+def growing_prefix(talker: Talker, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Residual losses [N, G-1] as stock's own forward gives them, a call for each code with the frame's prefix."""
+    predictor, losses = talker.talker.code_predictor, []
+    embeddings = [hidden, talker.talker.model.codec_embedding(codes[0])]
+    for group in range(1, len(codes)):
+        logits = predictor(inputs_embeds=torch.stack(embeddings, dim=1), use_cache=False).logits[:, -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, codes[group], reduction="none"))
+        embeddings.append(predictor.model.codec_embedding[group - 1](codes[group]))
+    return torch.stack(losses, dim=1)
+
+
+@pytest.fixture(scope="module")
+def full_size_mtp() -> Talker:
+    """A Talker without layers of its own whose code predictor has the published sizes."""
+    model = load("s2_general", ["model=qwen3_omni_30b_a3b"]).model
+    config = talker_config(model)
+    config.text_config.num_hidden_layers = 0
+    return Talker(build_talker(config, seed=0, embedding_std=0.5))
+
+
+def test_mtp_in_one_pass_equals_the_growing_prefix_and_is_faster(full_size_mtp):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 1024, generator=generator)
+    codes = torch.randint(0, 2048, (16, 4), generator=generator)
+    found, seconds = {}, {}
+    for name in ("one pass", "prefix"):
+        hidden_in = hidden.clone().requires_grad_()
+        times = []
+        for _ in range(2 if name == "one pass" else 1):
+            started = time.perf_counter()
+            if name == "one pass":
+                losses, _ = full_size_mtp.predict_residuals(hidden_in, codes)
+            else:
+                losses = growing_prefix(full_size_mtp, hidden_in, codes)
+            (gradient,) = torch.autograd.grad(losses.mean(), hidden_in)
+            times.append(time.perf_counter() - started)
+        found[name], seconds[name] = (losses.detach(), gradient), min(times)
+    assert found["one pass"][0].shape == (4, 15)
+    assert abs(found["one pass"][0].mean() - found["prefix"][0].mean()) < 1e-5
+    assert (found["one pass"][0] - found["prefix"][0]).abs().max() < 1e-4
+    assert (found["one pass"][1] - found["prefix"][1]).abs().max() < 1e-6
+    assert seconds["prefix"] > 5 * seconds["one pass"], seconds
