@@ -89,8 +89,9 @@ class Stage:
     after_step: Callable[[], None] = nothing
 
     def modules(self) -> dict[str, nn.Module]:
-        """The modules of all engines by name."""
-        return {name: engine.module for name, engine in self.engines.items()} | self.frozen
+        """The modules of all engines by name, without a reference: its parameters have the names of the trained."""
+        frozen = {name: module for name, module in self.frozen.items() if name != "reference"}
+        return {name: engine.module for name, engine in self.engines.items()} | frozen
 
 
 def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, nn.Module]:

@@ -25,7 +25,7 @@ from omni_train.data.audio import audio_facts
 from omni_train.data.contracts import MediaFacts
 from omni_train.data.image import image_facts
 from omni_train.data.layouts import MESSAGES, read_content
-from omni_train.data.speech import CODES, REJECTED, SpeechTokens, speech_facts, system_tokens
+from omni_train.data.talker_sequence import CODES, REJECTED, SpeechTokens, speech_facts, system_tokens
 from omni_train.data.tokenizer import (
     AUDIO_END,
     AUDIO_PAD,

@@ -41,7 +41,7 @@ from omni_train.data.media_tokens import (
     media_num_tokens,
 )
 from omni_train.data.positions import audio_video_order, tm_rope_positions, video_token_times
-from omni_train.data.speech import NUM_OPENING, SpeechFormat, read_codes, system_tokens, talker_sequence
+from omni_train.data.talker_sequence import NUM_OPENING, SpeechFormat, read_codes, system_tokens, talker_sequence
 from omni_train.data.tokenizer import TokenIds, token_ids
 from omni_train.data.video import decode_video
 

@@ -24,7 +24,7 @@ from omni_train.data.loader import PackReader, StepLoader
 from omni_train.data.media_tokens import MediaGeometry
 from omni_train.data.planner import Planner, Source, plan_once
 from omni_train.data.shard import DataError, SampleError
-from omni_train.data.speech import SpeechFormat, SpeechTokens, with_noise
+from omni_train.data.talker_sequence import SpeechFormat, SpeechTokens, with_noise
 from omni_train.data.tokenizer import fingerprint, load_tokenizer
 
 

@@ -88,8 +88,11 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
 
     Thinker stages write a whole Qwen3OmniMoeThinkerForConditionalGeneration, with freshly initialised towers where
     the stage has none (text_pretrain). AuT and the captioner write their encoder under its name in the Thinker, and
-    their decoder.
+    their decoder. Talker stages write the Talker with its MTP, without the Thinker that they left as it was.
     """
+    kind = config.stage.objective
+    if kind in (Objective.talker, Objective.talker_dpo):
+        modules = {"talker": modules["talker"]}
     state: dict[str, Tensor] = {}
     for module in modules.values():
         state |= full_state_dict(module)
@@ -97,10 +100,10 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
         temporary = folder.with_name(f"tmp_{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        if config.stage.objective is Objective.next_token:
+        if kind is Objective.next_token:
             write_thinker(state, config, tokenizer, temporary)
         else:
-            write_encoder_decoder(state, config, temporary)
+            write_parts(state, config, temporary)
         tokenizer.save_pretrained(temporary)
         write_processor(config.model, temporary)
         make_readable(temporary)
@@ -136,8 +139,8 @@ def write_thinker(
     whole.save_pretrained(folder, state_dict=state)
 
 
-def write_encoder_decoder(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
-    """Save AuT or the captioner: one safetensors file and a config.json with the preset's sizes."""
+def write_parts(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
+    """Save AuT, the captioner or the Talker: one safetensors file and a config.json with the preset's sizes."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     description = {"model_type": f"omni_train_{config.stage.objective.name}", "model": to_dict(config)["model"]}
     (folder / "config.json").write_text(json.dumps(description, indent=2))

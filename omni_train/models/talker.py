@@ -4,7 +4,7 @@
                                                            ├─▶ Talker(speech, states) → losses of all codes of a frame
     codes of the frames before ───────────────────────────┘
 
-A sequence (omni_train/data/speech.py) is the user's turns, nine positions that open the reply, and one position a
+A sequence (omni_train/data/talker_sequence.py) is the user's turns, nine positions that open the reply, and one position a
 frame. Each position is the sum of a text side, projected from the Thinker, and a codec side, embedded here.
 
 Shapes: S positions of the pack, M of them media, N frames, G codes a frame, H hidden, V codes, L layers, E experts,

@@ -172,8 +172,8 @@ def test_encoder_decoders(settings, zero_stage):
     check(replace(single, documents_per_pack=2), single)
 
 
-SPEAKER = Case(objective="talker", components=TALKER, kinds=("text", "short_audio", "image", "video"))
-PAIRS = Case(objective="talker_dpo", components=TALKER, kinds=("text", "image", "short_audio", "text"))
+SPEAKER = Case(objective="talker", components=TALKER, kinds=("text", "short_audio", "image", "video"), num_steps=8)
+PAIRS = Case(objective="talker_dpo", components=TALKER, kinds=("text", "image", "short_audio", "text"), num_steps=8)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import Qwen3OmniMoeForConditionalGeneration
 from omni_train.config import load
 from omni_train.data.contracts import Document
 from omni_train.data.encode import collate
-from omni_train.data.speech import SpeechFormat, SpeechTokens, system_tokens, talker_sequence, with_noise
+from omni_train.data.talker_sequence import SpeechFormat, SpeechTokens, system_tokens, talker_sequence, with_noise
 from omni_train.data.tokenizer import TokenIds, load_tokenizer, train_tokenizer
 from omni_train.engine.export import write_processor
 from omni_train.models.build import build_talker, build_thinker, omni_config, talker_config, thinker_config
