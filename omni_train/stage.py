@@ -220,9 +220,7 @@ def talker_stage(
             return talker_losses(output, pack, "talker", fractions, stage.router_aux_coef)
         with torch.no_grad():
             reference = frozen["reference"](pack.speech, seen)
-        return talker_dpo_losses(
-            output, reference, pack, "talker", fractions, stage.router_aux_coef, stage.dpo_beta
-        )
+        return talker_dpo_losses(output, reference, pack, "talker", fractions, stage.router_aux_coef, stage.dpo_beta)
 
     return Stage(
         engines=engines,

@@ -174,7 +174,7 @@ def tokenizer_folder() -> str:
 _KEEP: list[tempfile.TemporaryDirectory] = []
 
 
-def micro_talker(accept_hidden_layer: int, num_experts: int = 4) -> TalkerModelConfig:
+def micro_talker(accept_hidden_layer: int, num_experts: int = 4, norm_topk_prob: bool = True) -> TalkerModelConfig:
     """A Talker of 2 layers over 32 codes in 4 groups."""
     return TalkerModelConfig(
         accept_hidden_layer=accept_hidden_layer,
@@ -196,6 +196,7 @@ def micro_talker(accept_hidden_layer: int, num_experts: int = 4) -> TalkerModelC
             mrope_section=[4, 2, 2],
             max_position_embeddings=512,
             rope_theta=10_000.0,
+            norm_topk_prob=norm_topk_prob,
         ),
         mtp=MtpConfig(
             intermediate_size=48,
@@ -208,7 +209,7 @@ def micro_talker(accept_hidden_layer: int, num_experts: int = 4) -> TalkerModelC
     )
 
 
-def micro_model(num_experts: int = 4) -> ModelConfig:
+def micro_model(num_experts: int = 4, norm_topk_prob: bool = True) -> ModelConfig:
     """Every part of the real model, as small as it goes.
 
     NOTE: more LLM layers than DeepStack levels. What is added after the last layer stays where the pictures are, so
@@ -245,7 +246,7 @@ def micro_model(num_experts: int = 4) -> ModelConfig:
             max_pixels=4096,
         ),
         decoder=DecoderModelConfig(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
-        talker=micro_talker(accept_hidden_layer=3, num_experts=num_experts),
+        talker=micro_talker(3, num_experts, norm_topk_prob),
     )
 
 
@@ -275,6 +276,7 @@ class Case:
     num_steps: int = 20
     num_experts: int = 4
     ctc_weight: float = 0.0
+    norm_topk_prob: bool = True  # the Talker's
     # How.
     world: int = 1
     documents_per_pack: int = 1
@@ -305,7 +307,7 @@ def run_config(case: Case) -> RunConfig:
             schedule=Schedule.constant,
             grad_clip=1.0,
         ),
-        model=micro_model(case.num_experts),
+        model=micro_model(case.num_experts, case.norm_topk_prob),
         mixture={},
         data=DataConfig(root="unused", tokenizer=tokenizer_folder(), lanes=max(case.world, len(case.kinds))),
         engine=EngineConfig(

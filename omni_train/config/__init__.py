@@ -290,6 +290,11 @@ class RunConfig:
                 raise ConfigError(
                     f"engine.expert_parallel ({ep}) must divide {part}.num_experts ({experts}); try {best}"
                 )
+        if self.stage.objective in (Objective.talker, Objective.talker_dpo) and self.model.talker is None:
+            raise ConfigError(
+                f"stage {self.stage.name} needs a Talker, which model preset '{self.model.name}' lacks; "
+                "add model.talker, or choose a preset with one"
+            )
         if self.engine.num_processes % ep and self.engine.num_processes > 1:
             raise ConfigError(
                 f"engine.expert_parallel ({ep}) must divide the number of processes ({self.engine.num_processes})"

@@ -163,7 +163,9 @@ class Encoder:
     def _speeches(self, document: Document, sample: Sample, format: SpeechFormat) -> list[Speech]:
         """The Talker's sequences of the sample's speech targets."""
         if "messages" not in sample.content:
-            raise ValueError("it has no messages; a Talker's stage needs a conversation and the codes of its last reply")
+            raise ValueError(
+                "it has no messages; a Talker's stage needs a conversation and the codes of its last reply"
+            )
         system = system_tokens(sample.content.get("talker_system", ""), self.tokenizer)
         found = []
         for name in format.members:

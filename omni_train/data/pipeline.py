@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from omni_train.config import ConfigError, Objective, RunConfig, ShardsConfig, VisionModelConfig
+from omni_train.config import Objective, RunConfig, ShardsConfig, VisionModelConfig
 from omni_train.data.bad_samples import FIX, BadSampleLog, SampleCount
 from omni_train.data.chatml import Describe
 from omni_train.data.contracts import BadSample, Document, DocumentPlan, Pack, PackPlan
@@ -107,8 +107,6 @@ def speech_format(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Spee
     objective = config.stage.objective
     if objective not in (Objective.talker, Objective.talker_dpo):
         return None
-    if config.model.talker is None:
-        raise ConfigError(f"stage {config.stage.name} needs a Talker, which model preset '{config.model.name}' lacks")
     return SpeechFormat(config.model.talker, SpeechTokens.of(tokenizer), objective is Objective.talker_dpo)
 
 
@@ -194,7 +192,7 @@ class DataPipeline:
         return plans
 
     def validation_builder(self, name: str, settings: ShardsConfig) -> PackBuilder:
-        """Reads the packs that ``validation_packs`` planned; audio windows are the longest allowed, codes as they are."""
+        """Reads the packs that ``validation_packs`` planned; audio windows are the longest allowed, codes are exact."""
         builder = self._builder({name: settings}, {name: self.indexed(settings)})
         builder.audio_window_sec = (self.config.stage.audio_window_sec[1],) * 2
         builder.code_noise = 0.0

@@ -183,7 +183,9 @@ def context(document: Document, system: Sequence[int], tokens: SpeechTokens) -> 
     return text, np.full(len(text), NO_CODE)
 
 
-def talker_positions(document: Document, text_ids: np.ndarray, num_context: int, ids: TokenIds, geometry: MediaGeometry):
+def talker_positions(
+    document: Document, text_ids: np.ndarray, num_context: int, ids: TokenIds, geometry: MediaGeometry
+):
     """TM-RoPE positions int64 [3, S] of a Talker's sequence: as the Thinker's, of what stands in the context."""
     positions_of = text_ids.copy()
     positions_of[num_context:] = ids.tts_pad

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from omni_train.config import ModelConfig, Objective, RunConfig, to_dict
+from omni_train.config import ConfigError, ModelConfig, Objective, RunConfig, to_dict
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
-from omni_train.models.build import build_thinker, thinker_config
+from omni_train.models.build import build_omni, build_thinker, thinker_config
 from omni_train.models.components import component_of
+from omni_train.models.weights import canonical, load_components, yarn_factor_of
 
 
 def gathered(parameter: nn.Parameter):
@@ -177,3 +178,33 @@ def write_processor(model: ModelConfig, folder: Path) -> None:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(picture, indent=2))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2))
+
+
+def write_omni(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dict[str, str], folder: Path) -> list[str]:
+    """Write the whole model from the exports of stages, as a folder for stock's Qwen3OmniMoeForConditionalGeneration.
+
+    ``init``: component → folder, "all" for those not named. Returns a line about each component. Raises ConfigError
+    for a component without a folder, or one that its folder does not hold.
+    """
+    thinker = init.get("llm", init.get("all"))
+    if thinker is None:
+        raise ConfigError("init.llm: a whole model needs a folder for every component; give +init.llm=FOLDER")
+    omni = build_omni(model, tokenizer, yarn_factor_of(Path(thinker)), device="cpu")
+    components = sorted({component_of(canonical(name)) for name, _ in omni.named_parameters()})
+    missing = [name for name in components if name not in init and "all" not in init]
+    if missing:
+        raise ConfigError(f"init has no folder for {', '.join(missing)}; give +init.{missing[0]}=FOLDER")
+    sources = {name: init.get(name, init.get("all", "")) for name in components}
+    for name, source in sources.items():
+        load_components(omni, Path(source), {name})
+    temporary = folder.with_name(f"tmp_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    omni.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    write_processor(model, temporary)
+    fsync_tree(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)
+    return [f"{name} from {source}" for name, source in sources.items()]

@@ -133,17 +133,13 @@ def omni_config(
     return Qwen3OmniMoeConfig(thinker_config=thinker, talker_config=talker, **model.extra, **ids)
 
 
-def talker_config(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Qwen3OmniMoeTalkerConfig:
-    """The Talker's transformers configuration. Raises ConfigError for a preset without a Talker.
+def talker_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen3OmniMoeTalkerConfig:
+    """The Talker's transformers configuration.
 
     NOTE: stock's get_rope_index reads ``audio_config.n_window`` of this configuration, which has none, where a picture
     meets a sound. The attribute map, which a config.json keeps, finds it in ``text_config``.
     """
     talker = model.talker
-    if talker is None:
-        raise ConfigError(f"model preset '{model.name}' has no Talker; add model.talker, or choose a preset with one")
     decoder, mtp, tokens = talker.decoder, talker.mtp, talker.tokens
     text_config = {name: getattr(decoder, name) for name in decoder.__slots__ if name not in ROPE_FIELDS}
     text_config |= {"vocab_size": talker.vocab_size, "n_window": AUDIO_WINDOW_FRAMES}
@@ -274,10 +270,16 @@ def build_talker(
     return talker
 
 
-def build_omni(model: ModelConfig, *, device: str) -> nn.Module:
+def build_omni(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    yarn_factor: float = 1.0,
+    *,
+    device: str,
+) -> nn.Module:
     """The whole Qwen3OmniMoeForConditionalGeneration, for counting and for export: no usable initial weights."""
     with torch.device(device):
-        return Qwen3OmniMoeForConditionalGeneration(omni_config(model))
+        return Qwen3OmniMoeForConditionalGeneration(omni_config(model, tokenizer, yarn_factor))
 
 
 def build_encoder(model: ModelConfig, kind: str, *, seed: int) -> nn.Module:

@@ -4,8 +4,8 @@
                                                            ├─▶ Talker(speech, states) → losses of all codes of a frame
     codes of the frames before ───────────────────────────┘
 
-A sequence (omni_train/data/talker_sequence.py) is the user's turns, nine positions that open the reply, and one position a
-frame. Each position is the sum of a text side, projected from the Thinker, and a codec side, embedded here.
+A sequence (omni_train/data/talker_sequence.py) is the user's turns, nine positions that open the reply, and one
+position a frame. Each position is the sum of a text side, projected from the Thinker, and a codec side, embedded here.
 
 Shapes: S positions of the pack, M of them media, N frames, G codes a frame, H hidden, V codes, L layers, E experts,
 K labelled positions.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from omni_train.data.contracts import IGNORE_INDEX, NO_CODE, Pack, SpeechPack
 from omni_train.models.attention import Segments
@@ -50,25 +51,27 @@ class Talker(nn.Module):
         super().__init__()
         self.talker = talker
         self.config = talker.config.text_config  # AutoEP reads the number of experts here
-        self.media_token_ids = tuple(
-            getattr(talker.config, f"{kind}_token_id") for kind in ("audio", "image", "video")
-        )
+        self.media_token_ids = tuple(getattr(talker.config, f"{kind}_token_id") for kind in ("audio", "image", "video"))
 
-    def embed(self, speech: SpeechPack, states: ThinkerStates) -> Tensor:
-        """Input embeddings [S, H].
+    def embed_context(self, text_ids: Tensor, codec_ids: Tensor, states: ThinkerStates) -> Tensor:
+        """Both sides of positions [S, H], of frames without their residual codes.
 
         Raises ValueError when placeholders and states of media differ in number.
         """
         talker = self.talker
-        is_media = torch.isin(speech.text_ids, torch.tensor(self.media_token_ids, device=speech.text_ids.device))
+        is_media = torch.isin(text_ids, torch.tensor(self.media_token_ids, device=text_ids.device))
         if int(is_media.sum()) != len(states.media):
             raise ValueError(f"a pack has {int(is_media.sum())} media positions for {len(states.media)} states")
         text = talker.text_projection(states.text)
         # NOTE: rows of no medium too: every rank's graph must reach the projection.
         text = text.masked_scatter(is_media[:, None], talker.hidden_projection(states.media).to(text.dtype))
-        has_code = speech.codec_ids != NO_CODE
-        codec = talker.model.codec_embedding(speech.codec_ids.clamp(min=0)) * has_code[:, None]
-        return (text + codec).index_add(0, speech.frame_index, self.residual_embeddings(speech.input_codes[1:]))
+        has_code = codec_ids != NO_CODE
+        return text + talker.model.codec_embedding(codec_ids.clamp(min=0)) * has_code[:, None]
+
+    def embed_frame(self, codes: Tensor, text: Tensor) -> Tensor:
+        """Frames [N, H] of codes [G, N] beside token embeddings [N, H'] of the Thinker."""
+        first = self.talker.model.codec_embedding(codes[0])
+        return self.talker.text_projection(text) + first + self.residual_embeddings(codes[1:])
 
     def residual_embeddings(self, codes: Tensor) -> Tensor:
         """Sum over the residual codes [G-1, N] of a frame's embeddings, [N, H]."""
@@ -82,7 +85,8 @@ class Talker(nn.Module):
         ``residual_losses`` [N, G-1] with ``residual_predictions`` and ``frame_sequence`` [N], the sequence of each
         frame; ``router_probabilities`` [L, E] (with gradient) and ``router_counts`` [L, E].
         """
-        embeds = self.embed(speech, states)
+        embeds = self.embed_context(speech.text_ids, speech.codec_ids, states)
+        embeds = embeds.index_add(0, speech.frame_index, self.residual_embeddings(speech.input_codes[1:]))
         lengths = speech.cu_seqlens.diff().tolist()
         with RouterTap(self.talker.model.layers) as tap:
             hidden = self.talker.model(
@@ -128,3 +132,16 @@ class Talker(nn.Module):
         ]
         losses, predictions = zip(*found, strict=True)
         return torch.stack(losses, dim=1), torch.stack(predictions, dim=1)
+
+    def step(self, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """The output [B, H] at the last position of a batch, which predicts the next frame's first code.
+
+        embeds [B, n, H], position_ids [4, B, n], mask bool [B, 1, n, past + n].
+        """
+        return self.talker.model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]

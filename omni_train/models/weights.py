@@ -66,8 +66,8 @@ def load_components(module: nn.Module, folder: Path, components: set[str]) -> se
     head; the others stay as initialised. Raises ConfigError naming a tensor that is missing or has another shape.
     """
     weights, found = WeightFolder(folder), set()
-    for name, parameter in module.named_parameters():
-        component = component_of(name)
+    for name, parameter in module.named_parameters():  # ours, or those of stock's whole model
+        component = component_of(canonical(name))
         if component not in components:
             continue
         found.add(component)

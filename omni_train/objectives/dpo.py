@@ -32,7 +32,7 @@ def sequence_log_probs(output: dict[str, Tensor], num_sequences: int) -> Tensor:
 def dpo_losses(
     chosen_B: Tensor, rejected_B: Tensor, reference_chosen_B: Tensor, reference_rejected_B: Tensor, *, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """(losses [B], margins [B]) of B pairs (Rafailov et al. 2023, eq. 7); the margin is β × the difference of log-ratios.
+    """(losses [B], margins [B]) of B pairs (Rafailov et al. 2023, eq. 7); a margin is β × the difference of log-ratios.
 
     Log-probabilities: [B] in nats, summed over the reply's codes, the context excluded.
     """

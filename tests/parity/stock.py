@@ -78,9 +78,16 @@ MICRO = ModelConfig(
     talker=micro_talker(accept_hidden_layer=3),
     extra={
         "code2wav_config": {
-            "num_quantizers": 4, "codebook_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "decoder_dim": 16,
-            "upsample_rates": [2, 2, 2, 2], "upsampling_ratios": [2, 2],
+            "num_quantizers": 4,
+            "codebook_size": 32,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "decoder_dim": 16,
+            "upsample_rates": [2, 2, 2, 2],
+            "upsampling_ratios": [2, 2],
         }
     },
 )

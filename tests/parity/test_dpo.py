@@ -18,9 +18,9 @@ from torch import Tensor
 
 from omni_train.data.contracts import Document
 from omni_train.data.encode import collate
+from omni_train.data.media_tokens import MediaGeometry
 from omni_train.data.talker_sequence import SpeechFormat, SpeechTokens, talker_sequence
 from omni_train.data.tokenizer import load_tokenizer
-from omni_train.data.media_tokens import MediaGeometry
 from omni_train.models.build import build_talker, talker_config
 from omni_train.models.talker import Talker, ThinkerStates
 from omni_train.objectives.dpo import dpo_losses, sequence_log_probs, talker_dpo_losses
