@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,21 +99,28 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
     for module in modules.values():
         state |= full_state_dict(module)
     if dist.get_rank() == 0:
-        temporary = folder.with_name(f"tmp_{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        if kind is Objective.next_token:
-            write_thinker(state, config, tokenizer, temporary)
-        else:
-            write_parts(state, config, temporary)
-        tokenizer.save_pretrained(temporary)
-        write_processor(config.model, temporary)
-        make_readable(temporary)
-        fsync_tree(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        fsync_folder(folder.parent)
+        with committed(folder) as temporary:
+            if kind is Objective.next_token:
+                write_thinker(state, config, tokenizer, temporary)
+            else:
+                write_parts(state, config, temporary)
+            tokenizer.save_pretrained(temporary)
+            write_processor(config.model, temporary)
     dist.barrier()
+
+
+@contextlib.contextmanager
+def committed(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``folder`` by one rename at the end."""
+    temporary = folder.with_name(f"tmp_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    make_readable(temporary)
+    fsync_tree(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)
 
 
 def make_readable(folder: Path) -> None:
@@ -197,14 +205,8 @@ def write_omni(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dic
     sources = {name: init.get(name, init.get("all", "")) for name in components}
     for name, source in sources.items():
         load_components(omni, Path(source), {name})
-    temporary = folder.with_name(f"tmp_{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    omni.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    write_processor(model, temporary)
-    fsync_tree(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    fsync_folder(folder.parent)
+    with committed(folder) as temporary:
+        omni.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_processor(model, temporary)
     return [f"{name} from {source}" for name, source in sources.items()]
