@@ -134,6 +134,7 @@ def new_thinker(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Thinke
 
 def new_talker(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Talker:
     """A Talker initialised from the run's seed."""
+    assert config.model.talker is not None
     stock = talker_config(config.model, tokenizer)
     return Talker(build_talker(stock, seed=config.seed, embedding_std=config.model.talker.embedding_std))
 
@@ -205,6 +206,7 @@ def talker_stage(
     """A stage that trains the Talker beside a frozen Thinker, on codes or, with a frozen reference, on preferences."""
     thinker, talker, stage, sizes = frozen["thinker"], engines["talker"], config.stage, config.model.talker
     is_dpo = stage.objective is Objective.talker_dpo
+    assert sizes is not None
 
     def states(pack: Pack) -> ThinkerStates:
         with torch.no_grad():
@@ -235,6 +237,7 @@ def talker_stage(
 
 def heldout_output(output: dict[str, Tensor], pack: Pack, every: int) -> dict[str, Tensor]:
     """First codes of every ``every``-th sequence (of pairs the chosen ones) as LanguageModel.forward returns tokens."""
+    assert pack.speech is not None
     is_kept = output["sequence"] % every == 0
     document = pack.speech.document[output["sequence"][is_kept]]
     kept = {name: output[name][is_kept] for name in ("losses", "predictions", "labels")}

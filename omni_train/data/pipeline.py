@@ -107,6 +107,7 @@ def speech_format(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Spee
     objective = config.stage.objective
     if objective not in (Objective.talker, Objective.talker_dpo):
         return None
+    assert config.model.talker is not None  # RunConfig refuses such a stage
     return SpeechFormat(config.model.talker, SpeechTokens.of(tokenizer), objective is Objective.talker_dpo)
 
 

@@ -140,6 +140,7 @@ def talker_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
     meets a sound. The attribute map, which a config.json keeps, finds it in ``text_config``.
     """
     talker = model.talker
+    assert talker is not None
     decoder, mtp, tokens = talker.decoder, talker.mtp, talker.tokens
     text_config = {name: getattr(decoder, name) for name in decoder.__slots__ if name not in ROPE_FIELDS}
     text_config |= {"vocab_size": talker.vocab_size, "n_window": AUDIO_WINDOW_FRAMES}

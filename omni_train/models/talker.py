@@ -40,6 +40,7 @@ class ThinkerStates:
 def states_for_talker(llm: LanguageModel, pack: Pack, media: MediaEmbeds, accept_hidden_layer: int) -> ThinkerStates:
     """The Thinker's states for the speech of a pack, without gradient."""
     speech = pack.speech
+    assert speech is not None
     hidden = llm.hidden_states(pack, media, accept_hidden_layer)
     return ThinkerStates(llm.model.embed_tokens(speech.text_ids), hidden[speech.media_index])
 

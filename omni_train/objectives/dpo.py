@@ -19,6 +19,7 @@ def counts(pack: Pack) -> dict[str, int]:
     """Counts that a pack adds to the global divisors. A pack without samples adds nothing."""
     if not pack.sample_ids:
         return {"pairs": 0, "tokens": 0}
+    assert pack.speech is not None
     return {"pairs": len(pack.speech.document) // 2, "tokens": pack.speech.num_tokens}
 
 
@@ -53,6 +54,7 @@ def talker_dpo_losses(
 
     Reported: the mean margin, and how often the chosen reply has the larger one.
     """
+    assert pack.speech is not None
     is_real, num_sequences = float(bool(pack.sample_ids)), len(pack.speech.document)
     chosen, rejected = sequence_log_probs(output, num_sequences).view(-1, 2).unbind(1)
     with torch.no_grad():

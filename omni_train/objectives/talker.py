@@ -18,6 +18,7 @@ def counts(pack: Pack) -> dict[str, int]:
     if not pack.sample_ids:
         return {"codes": 0, "residuals": 0, "tokens": 0}
     speech = pack.speech
+    assert speech is not None
     return {
         "codes": int((speech.shift_labels != IGNORE_INDEX).sum()),
         "residuals": int(speech.codes[1:].numel()),
@@ -34,6 +35,7 @@ def talker_losses(
     """
     is_real = float(bool(pack.sample_ids))
     losses = output["losses"]
+    assert pack.speech is not None
     modality = pack.doc_modality[pack.speech.document[output["sequence"]]]
     by_modality = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
     by_modality[0].index_add_(0, modality, losses.detach().double() * is_real)
