@@ -72,6 +72,15 @@ Each set of values has its own index: SHARD.idx for messages, SHARD.LAYOUT-HASH.
 what is missing by itself.
 """
 
+ASSEMBLE_EPILOG = """examples:
+  omni-train assemble omni model=tiny +init.all=runs/tiny/s3_long_context/export \\
+    +init.talker=runs/tiny/talker_cpt/export +init.mtp=runs/tiny/talker_cpt/export \\
+    +init.code2wav=runs/tiny/code2wav/export
+
+Qwen3OmniMoeForConditionalGeneration.from_pretrained("omni") answers in text and speech. Where a user's video is heard
+too, pass its generate() talker_use_audio_in_video=True beside use_audio_in_video=True: stock forgets its Talker.
+"""
+
 INDEX_EPILOG = f"""examples:
   omni-train data index .cache/corpus/tiny/current --tokenizer .cache/corpus/tiny/current/tokenizer
   omni-train data index laion --tokenizer TOKENIZER --layout pairs                       as img2dataset writes them
@@ -125,6 +134,13 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="copy a finished stage's transformers folder")
     export.add_argument("run", help="the stage's run folder")
     export.add_argument("folder", help="where to write")
+
+    what = "write the whole model as one transformers folder, from the exports of its stages"
+    assemble = commands.add_parser("assemble", help=what, description=what, epilog=ASSEMBLE_EPILOG, formatter_class=raw)
+    assemble.add_argument("folder", help="where to write")
+    assemble.add_argument(
+        "overrides", nargs="*", help="model=PRESET, corpus=NAME, +init.COMPONENT=EXPORT for each part"
+    )
 
     report = commands.add_parser("report", help="write report.html and print the result table of a run folder")
     report.add_argument("run", help="a recipe's run folder")
@@ -276,6 +292,18 @@ def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def command_assemble(options: argparse.Namespace, arguments: list[str]) -> int:
+    from omni_train.data.tokenizer import load_tokenizer
+    from omni_train.engine.export import write_omni
+
+    config = configuration.load("talker_pretrain", options.overrides)
+    tokenizer = load_tokenizer(Path(config.data.tokenizer))
+    for line in write_omni(config.model, tokenizer, config.init, Path(options.folder)):
+        print(line)
+    print(f"wrote {options.folder}")
+    return 0
+
+
 def command_report(options: argparse.Namespace, arguments: list[str]) -> int:
     from omni_train.recipe import load_recipe
     from omni_train.reporting.report import write_report
@@ -348,6 +376,7 @@ COMMANDS = {
     "plan": command_plan,
     "eval": command_eval,
     "export": command_export,
+    "assemble": command_assemble,
     "report": command_report,
     "data": command_data,
 }

@@ -5,10 +5,13 @@ next_token, LLM frozen (S1)      engine "towers", frozen "llm" under expert para
 transcription, captioning        engine "aut" or "captioner"
 codec                            engine "codec"; frozen "aut" where the first codebook is drawn to its features
 code2wav                         engines "code2wav" and, with adversaries, "discriminators"; frozen "codec"
+talker                           engine "talker", frozen "thinker" under expert parallelism
+talker_dpo                       the same with frozen "reference", a copy of the Talker that the stage starts from
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +26,32 @@ from omni_train.data.contracts import MODALITIES, Pack
 from omni_train.data.tokenizer import media_token_ids, token_spelling
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks, gather_over_ranks, sum_over_ranks
-from omni_train.models.build import build_decoder, build_encoder, build_thinker, thinker_config
+from omni_train.models.build import (
+    build_decoder,
+    build_encoder,
+    build_talker,
+    build_thinker,
+    talker_config,
+    thinker_config,
+)
 from omni_train.models.code2wav import WeightAverage, build_code2wav, start_from_codebooks
 from omni_train.models.codec import Codec, CodeStatistics, FrozenCodec, SpeechFeatures
 from omni_train.models.components import Inventory, freeze_all_but
 from omni_train.models.discriminators import Discriminators, judge
 from omni_train.models.encoder_decoder import EncoderDecoder
-from omni_train.models.thinker import compose
+from omni_train.models.talker import Talker, ThinkerStates, states_for_talker
+from omni_train.models.thinker import Thinker, compose
 from omni_train.models.weights import load_components
+from omni_train.objectives import dpo
+from omni_train.objectives import talker as talker_objective
 from omni_train.objectives.code2wav import code2wav_losses, multi_scale_mel_loss
 from omni_train.objectives.codec import codec_losses, mel_regression, num_frames
+from omni_train.objectives.dpo import talker_dpo_losses
 from omni_train.objectives.next_token import counts, next_token_losses
+from omni_train.objectives.talker import talker_losses
 from omni_train.objectives.terms import Losses
 
+TALKER_OBJECTIVES = (Objective.talker, Objective.talker_dpo)
 TOWER_COMPONENTS = {"audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
 
 
@@ -82,17 +98,19 @@ class Stage:
     after_step: Callable[[], None] = nothing
 
     def modules(self) -> dict[str, nn.Module]:
-        """The modules of all engines by name."""
-        return {name: engine.module for name, engine in self.engines.items()} | self.frozen
+        """The modules of all engines by name, without a reference: its parameters have the names of the trained."""
+        frozen = {name: module for name, module in self.frozen.items() if name != "reference"}
+        return {name: engine.module for name, engine in self.engines.items()} | frozen
 
 
 def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, nn.Module]:
     """The unsharded fp32 modules of a stage by engine name, weights loaded from ``config.init``."""
     model, objective = config.model, config.stage.objective
     modules: dict[str, nn.Module]
-    if objective is Objective.next_token:
-        stock = thinker_config(model, tokenizer, config.stage.yarn_factor)
-        thinker = compose(build_thinker(stock, seed=config.seed, embedding_std=model.text.embedding_std))
+    if objective in TALKER_OBJECTIVES:
+        modules = {"thinker": new_thinker(config, tokenizer), "talker": new_talker(config, tokenizer)}
+    elif objective is Objective.next_token:
+        thinker = new_thinker(config, tokenizer)
         trained = set(config.stage.components)
         if trained == {"llm"}:
             modules = {"llm": thinker.llm}
@@ -204,6 +222,19 @@ def code2wav_stage(
     )
 
 
+def new_thinker(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Thinker:
+    """A Thinker initialised from the run's seed."""
+    stock = thinker_config(config.model, tokenizer, config.stage.yarn_factor)
+    return compose(build_thinker(stock, seed=config.seed, embedding_std=config.model.text.embedding_std))
+
+
+def new_talker(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Talker:
+    """A Talker initialised from the run's seed."""
+    assert config.model.talker is not None
+    stock = talker_config(config.model, tokenizer)
+    return Talker(build_talker(stock, seed=config.seed, embedding_std=config.model.talker.embedding_std))
+
+
 def load_init(modules: dict[str, nn.Module], init: dict[str, str]) -> None:
     """Load components from their folders; a component that no module of the stage has is an error."""
     from omni_train.models.components import component_of
@@ -228,6 +259,8 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
     if config.engine.recompute:
         for module in modules.values():
             enable_recompute(module)
+    if config.stage.objective is Objective.talker_dpo:
+        modules["reference"] = copy.deepcopy(modules["talker"]).requires_grad_(False)
     engines, frozen = {}, {}
     for name, module in modules.items():
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
@@ -236,6 +269,8 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
         )
         (engines if is_trained else frozen)[name] = built
         built.train()
+    if config.stage.objective in TALKER_OBJECTIVES:
+        return talker_stage(config, engines, frozen, inventory)
     everything = {**engines, **frozen}
     if config.stage.objective is Objective.codec:
         return codec_stage(config, engines, frozen, inventory)
@@ -263,6 +298,50 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
         inventory=inventory,
         router_shape=(text.num_hidden_layers, text.num_experts) if has_router else None,
     )
+
+
+def talker_stage(
+    config: RunConfig, engines: dict[str, Any], frozen: dict[str, nn.Module], inventory: list[Inventory]
+) -> Stage:
+    """A stage that trains the Talker beside a frozen Thinker, on codes or, with a frozen reference, on preferences."""
+    thinker, talker, stage, sizes = frozen["thinker"], engines["talker"], config.stage, config.model.talker
+    is_dpo = stage.objective is Objective.talker_dpo
+    assert sizes is not None
+
+    def states(pack: Pack) -> ThinkerStates:
+        with torch.no_grad():
+            return states_for_talker(thinker.llm, pack, thinker.towers(pack), sizes.accept_hidden_layer)
+
+    def forward(pack: Pack) -> dict[str, Tensor]:
+        return heldout_output(talker(pack.speech, states(pack)), pack, every=2 if is_dpo else 1)
+
+    def losses(pack: Pack, fractions: Tensor | None) -> Losses:
+        seen = states(pack)
+        output = talker(pack.speech, seen)
+        if not is_dpo:
+            return talker_losses(output, pack, "talker", fractions, stage.router_aux_coef)
+        with torch.no_grad():
+            reference = frozen["reference"](pack.speech, seen)
+        return talker_dpo_losses(output, reference, pack, "talker", fractions, stage.router_aux_coef, stage.dpo_beta)
+
+    return Stage(
+        engines=engines,
+        frozen=frozen,
+        forward=forward,
+        losses=losses,
+        counts=dpo.counts if is_dpo else talker_objective.counts,
+        inventory=inventory,
+        router_shape=(sizes.decoder.num_hidden_layers, sizes.decoder.num_experts),
+    )
+
+
+def heldout_output(output: dict[str, Tensor], pack: Pack, every: int) -> dict[str, Tensor]:
+    """First codes of every ``every``-th sequence (of pairs the chosen ones) as LanguageModel.forward returns tokens."""
+    assert pack.speech is not None
+    is_kept = output["sequence"] % every == 0
+    document = pack.speech.document[output["sequence"][is_kept]]
+    kept = {name: output[name][is_kept] for name in ("losses", "predictions", "labels")}
+    return kept | {"document": document, "modality": pack.doc_modality[document]}
 
 
 def enable_recompute(module: nn.Module) -> None:

@@ -41,23 +41,27 @@ from omni_train.config import (  # noqa: E402
     AudioModelConfig,
     Code2WavModelConfig,
     CodecModelConfig,
+    CodecTokens,
     ComponentConfig,
     CorpusConfig,
     DataConfig,
     DecoderModelConfig,
     EngineConfig,
     ModelConfig,
+    MtpConfig,
     Objective,
     RunConfig,
     Schedule,
     StageConfig,
+    TalkerDecoderConfig,
+    TalkerModelConfig,
     TextModelConfig,
     VisionModelConfig,
 )
 from omni_train.data import encode  # noqa: E402
-from omni_train.data.contracts import IGNORE_INDEX, Document, Pack  # noqa: E402
+from omni_train.data.contracts import IGNORE_INDEX, NO_CODE, Document, Pack, Speech  # noqa: E402
 from omni_train.data.media_tokens import audio_num_tokens  # noqa: E402
-from omni_train.data.pipeline import media_geometry  # noqa: E402
+from omni_train.data.pipeline import media_geometry, speech_format  # noqa: E402
 from omni_train.data.positions import audio_video_order, tm_rope_positions, video_token_times  # noqa: E402
 from omni_train.data.tokenizer import TokenIds, load_tokenizer, token_ids, train_tokenizer  # noqa: E402
 from omni_train.engine import deepspeed as engine_module  # noqa: E402
@@ -156,6 +160,7 @@ def _rank(
 
 EVERYTHING = ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter")
 TOWERS = EVERYTHING[1:]
+TALKER = ("talker", "mtp")
 ADAPTERS = ("audio_adapter", "vision_adapter")
 
 
@@ -171,7 +176,42 @@ def tokenizer_folder() -> str:
 _KEEP: list[tempfile.TemporaryDirectory] = []
 
 
-def micro_model(num_experts: int = 4) -> ModelConfig:
+def micro_talker(accept_hidden_layer: int, num_experts: int = 4, norm_topk_prob: bool = True) -> TalkerModelConfig:
+    """A Talker of 2 layers over 32 codes in 4 groups."""
+    return TalkerModelConfig(
+        accept_hidden_layer=accept_hidden_layer,
+        num_code_groups=4,
+        codebook_size=32,
+        tokens=CodecTokens(pad=132, bos=133, eos=134, nothink=139, think_bos=140, think_eos=141),
+        speakers={"ethan": 200, "aiden": 201},
+        decoder=TalkerDecoderConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=num_experts,
+            num_experts_per_tok=2,
+            mrope_section=[4, 2, 2],
+            max_position_embeddings=512,
+            rope_theta=10_000.0,
+            norm_topk_prob=norm_topk_prob,
+        ),
+        mtp=MtpConfig(
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            rope_theta=10_000.0,
+        ),
+    )
+
+
+def micro_model(num_experts: int = 4, norm_topk_prob: bool = True) -> ModelConfig:
     """Every part of the real model, as small as it goes.
 
     NOTE: more LLM layers than DeepStack levels. What is added after the last layer stays where the pictures are, so
@@ -208,10 +248,10 @@ def micro_model(num_experts: int = 4) -> ModelConfig:
             max_pixels=4096,
         ),
         decoder=DecoderModelConfig(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
-        codec=CodecModelConfig(encoder_dim=16, latent_dim=8, num_codebooks=2, codebook_size=16),
+        codec=CodecModelConfig(encoder_dim=16, latent_dim=8, num_codebooks=4, codebook_size=32),
         code2wav=Code2WavModelConfig(
-            num_quantizers=2,
-            codebook_size=16,
+            num_quantizers=4,
+            codebook_size=32,
             hidden_size=16,
             num_hidden_layers=1,
             num_attention_heads=2,
@@ -219,6 +259,7 @@ def micro_model(num_experts: int = 4) -> ModelConfig:
             intermediate_size=32,
             decoder_dim=32,
         ),
+        talker=micro_talker(3, num_experts, norm_topk_prob),
     )
 
 
@@ -248,6 +289,7 @@ class Case:
     num_steps: int = 20
     num_experts: int = 4
     ctc_weight: float = 0.0
+    norm_topk_prob: bool = True  # the Talker's
     # How.
     world: int = 1
     documents_per_pack: int = 1
@@ -278,7 +320,7 @@ def run_config(case: Case) -> RunConfig:
             schedule=Schedule.constant,
             grad_clip=1.0,
         ),
-        model=micro_model(case.num_experts),
+        model=micro_model(case.num_experts, case.norm_topk_prob),
         mixture={},
         data=DataConfig(root="unused", tokenizer=tokenizer_folder(), lanes=max(case.world, len(case.kinds))),
         engine=EngineConfig(
@@ -340,13 +382,37 @@ def document(kind: str, config: RunConfig, ids: TokenIds, rng: np.random.Generat
     )  # fmt: skip
 
 
+def speech_of(found: Document, config: RunConfig, ids: TokenIds, rng: np.random.Generator) -> Speech:
+    """A random speech target of 1 to 12 frames, whose Talker hears the whole document as the user's."""
+    talker = config.model.talker
+    codes = rng.integers(0, talker.codebook_size, (talker.num_code_groups, int(rng.integers(1, 13))))
+    num_new, start = 9 + codes.shape[1], found.position_ids.max() + 1
+    is_media = np.isin(found.input_ids, (ids.audio_pad, ids.image_pad, ids.video_pad))
+    tokens, speaker = talker.tokens, talker.speakers["aiden"]
+    opening = [tokens.nothink, tokens.think_bos, tokens.think_eos, speaker, tokens.pad, tokens.bos]
+    return Speech(
+        text_ids=np.concatenate([found.input_ids, rng.integers(0, 16, num_new)]),
+        codec_ids=np.array([NO_CODE] * (len(found.input_ids) + 3) + opening),
+        position_ids=np.concatenate([found.position_ids, np.tile(start + np.arange(num_new), (3, 1))], axis=1),
+        media_index=np.flatnonzero(is_media),
+        codes=codes,
+        input_codes=np.where(rng.random(codes.shape) < 0.1, 0, codes),
+        end_label=tokens.eos,
+    )
+
+
 def documents(case: Case, config: RunConfig, ids: TokenIds, step: int) -> list[Document | None]:
     """The documents of a step over all ranks, one a kind; None for the kind "none" (a rank without data)."""
     rng = np.random.default_rng(step)
-    return [
+    found = [
         None if kind == "none" else document(kind, config, ids, rng, f"step{step}/{number}")
         for number, kind in enumerate(case.kinds)
     ]
+    num_speeches = {"talker": 1, "talker_dpo": 2}.get(case.objective, 0)
+    for one in found if num_speeches else []:
+        if one is not None:
+            one.speeches = [speech_of(one, config, ids, rng) for _ in range(num_speeches)]
+    return found
 
 
 def stock_arguments(found: Document) -> dict[str, torch.Tensor]:
@@ -376,7 +442,9 @@ def packs_of_rank(case: Case, config: RunConfig, ids: TokenIds, step: int, rank:
     for group in groups[rank :: case.world]:
         present = [item for item in group if item is not None]
         packs.append(
-            encode.collate(present, patch_dim=geometry.patch_dim) if present else encode.dummy_pack(geometry, ids)
+            encode.collate(present, patch_dim=geometry.patch_dim)
+            if present
+            else encode.dummy_pack(geometry, ids, speech_format(config, load_tokenizer(config.data.tokenizer)))
         )
     return packs
 

@@ -24,6 +24,10 @@ from omni_train.config.model import TextModelConfig as TextModelConfig
 from omni_train.config.model import VisionModelConfig as VisionModelConfig
 from omni_train.config.model import WaveHead as WaveHead
 from omni_train.config.reconstruction import ReconstructionConfig as ReconstructionConfig
+from omni_train.config.talker import CodecTokens as CodecTokens
+from omni_train.config.talker import MtpConfig as MtpConfig
+from omni_train.config.talker import TalkerDecoderConfig as TalkerDecoderConfig
+from omni_train.config.talker import TalkerModelConfig as TalkerModelConfig
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -42,6 +46,8 @@ class Objective(Enum):
     captioning = "captioning"  # vision encoder + a throw-away decoder, sequence to sequence
     codec = "codec"  # speech codec: encoder, residual quantiser, a throw-away mel decoder
     code2wav = "code2wav"  # Code2Wav on the codes of a frozen codec, with or without adversaries
+    talker = "talker"  # Talker and MTP beside a frozen Thinker: the codes of a reply
+    talker_dpo = "talker_dpo"  # the same on pairs of replies, against a frozen copy of themselves
 
 
 class LossOn(Enum):
@@ -57,6 +63,8 @@ TRAINABLE = {
     Objective.captioning: ("vision_encoder", "vision_decoder"),
     Objective.codec: ("codec_encoder", "codec_decoder"),
     Objective.code2wav: ("code2wav", "discriminator"),
+    Objective.talker: ("talker", "mtp"),
+    Objective.talker_dpo: ("talker", "mtp"),
 }
 """Components that an objective's gradient reaches; a stage may train these and no others."""
 
@@ -112,6 +120,8 @@ class StageConfig:
     audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
     ctc_weight: float = 0.0  # transcription only: an auxiliary CTC loss on the encoder breaks the early plateau
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)  # codec and code2wav only
+    code_noise: float = 0.0  # talker only: share of the codes read that are random; the key to unseen combinations
+    dpo_beta: float = 0.1  # talker_dpo only: how far from the reference a preference may lead
     yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
 
     def __post_init__(self) -> None:
@@ -138,6 +148,12 @@ class StageConfig:
                 f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out"
             )
         self.reconstruction.check(self.objective.name, self.components)
+        if not 0 <= self.code_noise < 1 or (self.code_noise and self.objective is not Objective.talker):
+            raise ConfigError(
+                f"stage.code_noise ({self.code_noise}) must lie in 0 … 1, and be 0 for another objective than talker"
+            )
+        if self.dpo_beta <= 0:
+            raise ConfigError(f"stage.dpo_beta ({self.dpo_beta}) must be positive")
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
 
@@ -273,12 +289,21 @@ class RunConfig:
     wandb_mode: str = "offline"  # online | offline | disabled
 
     def __post_init__(self) -> None:
-        experts, ep = self.model.text.num_experts, self.engine.expert_parallel
-        if experts % ep:
-            divisors = [n for n in range(1, experts + 1) if experts % n == 0]
-            best = min(divisors, key=lambda n: abs(n - ep))
+        ep = self.engine.expert_parallel
+        sharded = {"model.text": self.model.text.num_experts}
+        if "talker" in self.stage.components and self.model.talker is not None:
+            sharded["model.talker.decoder"] = self.model.talker.decoder.num_experts
+        for part, experts in sharded.items():
+            if experts % ep:
+                divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+                best = min(divisors, key=lambda n: abs(n - ep))
+                raise ConfigError(
+                    f"engine.expert_parallel ({ep}) must divide {part}.num_experts ({experts}); try {best}"
+                )
+        if self.stage.objective in (Objective.talker, Objective.talker_dpo) and self.model.talker is None:
             raise ConfigError(
-                f"engine.expert_parallel ({ep}) must divide model.text.num_experts ({experts}); try {best}"
+                f"stage {self.stage.name} needs a Talker, which model preset '{self.model.name}' lacks; "
+                "add model.talker, or choose a preset with one"
             )
         if self.engine.num_processes % ep and self.engine.num_processes > 1:
             raise ConfigError(
@@ -377,6 +402,7 @@ def key_paths(schema: type, prefix: str = "") -> list[str]:
     for name, kind in get_type_hints(schema).items():
         paths.append(prefix + name)
         inner = get_args(kind)[1] if get_origin(kind) is dict else kind
+        inner = next((part for part in get_args(inner) if is_dataclass(part)), inner)  # of "X | None"
         if isinstance(inner, type) and is_dataclass(inner):
             paths += key_paths(inner, f"{prefix}{name}." + ("*." if inner is not kind else ""))
     return paths

@@ -1,24 +1,14 @@
-"""The sizes of a model, checked where transformers does not check them; and the configuration's error."""
+"""The sizes of a model, checked where transformers does not check them."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
-
-class ConfigError(ValueError):
-    """Something in the configuration that a user can mend; the message says what, where and how."""
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """'; did you mean ...' or the list of valid choices, for an error message."""
-    choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(choices)}"
+from omni_train.config.errors import ConfigError as ConfigError
+from omni_train.config.errors import nearest as nearest
+from omni_train.config.talker import TalkerModelConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,7 +192,7 @@ class Code2WavModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A preset's sizes. ``extra`` holds parts that no stage trains yet (Talker, MTP, Code2Wav), by upstream's names."""
+    """A preset's sizes."""
 
     name: str
     text: TextModelConfig
@@ -211,18 +201,34 @@ class ModelConfig:
     decoder: DecoderModelConfig
     codec: CodecModelConfig
     code2wav: Code2WavModelConfig
-    extra: dict[str, Any] = field(default_factory=dict)
+    talker: TalkerModelConfig | None = None  # a preset without one trains no speech
 
     def __post_init__(self) -> None:
-        for name in ("codebook_size", "num_codebooks"):
-            theirs = "num_quantizers" if name == "num_codebooks" else name
-            if getattr(self.codec, name) != getattr(self.code2wav, theirs):
-                raise ConfigError(
-                    f"model.codec.{name} ({getattr(self.codec, name)}) and model.code2wav.{theirs} "
-                    f"({getattr(self.code2wav, theirs)}) must be equal"
-                )
+        self._check_codes()
         levels, layers = len(self.vision.deepstack_visual_indexes), self.text.num_hidden_layers
         if levels >= layers:  # what is added after the last layer never reaches a text position
             raise ConfigError(
                 f"model.vision.deepstack_visual_indexes has {levels} levels; use fewer than the LLM's {layers} layers"
             )
+        if self.talker is not None and not levels < self.talker.accept_hidden_layer <= layers:
+            raise ConfigError(
+                f"model.talker.accept_hidden_layer ({self.talker.accept_hidden_layer}) must be more than the "
+                f"{levels} DeepStack levels, whose features it hands on, and at most the LLM's {layers} layers"
+            )
+
+    def _check_codes(self) -> None:
+        """Codec, Code2Wav and Talker speak of the same codes."""
+        users = {"code2wav": (self.code2wav.num_quantizers, "num_quantizers", self.code2wav.codebook_size)}
+        if self.talker is not None:
+            users["talker"] = (self.talker.num_code_groups, "num_code_groups", self.talker.codebook_size)
+        for part, (number, name, size) in users.items():
+            if number != self.codec.num_codebooks:
+                raise ConfigError(
+                    f"model.codec.num_codebooks ({self.codec.num_codebooks}) and model.{part}.{name} ({number}) must "
+                    "be equal"
+                )
+            if size != self.codec.codebook_size:
+                raise ConfigError(
+                    f"model.codec.codebook_size ({self.codec.codebook_size}) and model.{part}.codebook_size ({size}) "
+                    "must be equal"
+                )

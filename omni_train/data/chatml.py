@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import LayoutConfig
@@ -24,6 +25,7 @@ from omni_train.data.audio import audio_facts
 from omni_train.data.contracts import MediaFacts
 from omni_train.data.image import image_facts
 from omni_train.data.layouts import MESSAGES, read_content
+from omni_train.data.talker_sequence import CODES, REJECTED, SpeechTokens, speech_facts, system_tokens
 from omni_train.data.tokenizer import (
     AUDIO_END,
     AUDIO_PAD,
@@ -259,6 +261,10 @@ def describe(
                 facts.append(_READERS[str(piece.kind)](piece.media, members[piece.media]))
             except ValueError as error:
                 raise ValueError(f"member {piece.media!r}: {error}") from error
+    if CODES in members or REJECTED in members:
+        ids = np.array([token for piece in pieces for token in tokenize(piece.text, tokenizer)], dtype=np.int64)
+        system = system_tokens(content.get("talker_system", ""), tokenizer)
+        facts += speech_facts(members, ids, system, SpeechTokens.of(tokenizer))
     return count_text_tokens(pieces, tokenizer), facts
 
 

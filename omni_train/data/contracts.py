@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 IGNORE_INDEX = -100
+NO_CODE = -1
+"""Stands where a position of a Talker's sequence has no codec side."""
 MODALITIES = ("text", "audio", "image", "video", "video_audio")
 """The five sources of the S2 mixture. A document's modality is the richest media that it holds."""
 
@@ -24,8 +26,11 @@ MODALITIES = ("text", "audio", "image", "video", "video_audio")
 class MediaFacts:
     """What the planner must know of one media member to count its tokens without opening it.
 
-    ``kind`` is audio | image | video. Audio: ``num_samples`` at ``sample_rate_hz`` (as stored). Image: ``width`` and
-    ``height`` in pixels. Video: width, height, ``num_frames``, ``fps``; ``has_audio`` with num_samples of its sound.
+    ``kind`` is audio | image | video | codes. Audio: ``num_samples`` at ``sample_rate_hz`` (as stored). Image:
+    ``width`` and ``height`` in pixels. Video: width, height, ``num_frames``, ``fps``; ``has_audio`` with num_samples of
+    its sound.
+    Codes (of a speech target, in no Thinker's sequence): ``num_frames``, and ``num_text_tokens`` of what the Talker
+    reads before it speaks.
     """
 
     member: str
@@ -37,6 +42,7 @@ class MediaFacts:
     num_samples: int = 0
     sample_rate_hz: int = 0
     has_audio: bool = False
+    num_text_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -45,7 +51,7 @@ class SampleFacts:
 
     ``offset`` and ``size`` are the byte range of the whole sample in the tar file (its headers included, a multiple of
     512). ``num_text_tokens`` counts every token of the rendered sample that is not a media placeholder; ``media`` lists
-    its media members in the order in which they appear in the text.
+    its media members in the order in which they appear in the text, then its speech targets.
     """
 
     key: str
@@ -60,7 +66,7 @@ class Sample:
     """One sample read from a shard, undecoded. ``members`` maps an extension ("json", "a.flac") to raw bytes.
 
     ``content`` is what they say by the layout of the source (see data/README.md): ``messages`` or ``text``, optional
-    ``task, lang, speaker, license``.
+    ``task, lang, speaker, license, talker_system``.
     """
 
     source: str
@@ -114,6 +120,36 @@ class PackPlan:
 
 
 @dataclass(slots=True)
+class Speech:
+    """A Talker's sequence of S = P + 9 + T positions: what comes before the reply, nine that open it, T frames.
+
+    ``text_ids`` int64 [S]: the token whose embedding is projected at each position, placeholders where media are;
+    ``codec_ids`` int64 [P + 9]: the codec token added to it, NO_CODE for none; ``position_ids`` int64 [3, S];
+    ``media_index`` int64 [M]: where its media stand in the document's ``input_ids``; ``codes`` int64 [G, T] to predict;
+    ``input_codes`` int64 [G, T] to read, the same but for noise; ``end_label``: what the last frame predicts.
+    """
+
+    text_ids: np.ndarray
+    codec_ids: np.ndarray
+    position_ids: np.ndarray
+    media_index: np.ndarray
+    codes: np.ndarray
+    input_codes: np.ndarray
+    end_label: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.text_ids)
+
+    @property
+    def shift_labels(self) -> np.ndarray:
+        """int64 [S]: the first code of the next frame, then the end; IGNORE_INDEX before the last opening position."""
+        labels = np.full(self.num_tokens, IGNORE_INDEX)
+        labels[len(self.codec_ids) - 1 :] = [*self.codes[0], self.end_label]
+        return labels
+
+
+@dataclass(slots=True)
 class Document:
     """An encoded sample of L tokens.
 
@@ -121,7 +157,8 @@ class Document:
     [3, L] (temporal, height, width of TM-RoPE, from 0); ``mels`` one float32 [128, frames] a clip, in order of
     placeholders; ``patches`` one float32 [t*h*w, patch_dim] a picture or video with its ``grids`` (t, h, w) in patches;
     for each video the seconds that one of its t spans, and whether its sound stands between its tokens; ``waves`` one
-    float32 [n] at 24 kHz a clip, for stages that learn from sound alone.
+    float32 [n] at 24 kHz a clip, for stages that learn from sound alone. ``speeches``: what is to be said, for a
+    Talker: one target, or the chosen and the rejected one of a pair.
     """
 
     sample_id: str
@@ -137,10 +174,43 @@ class Document:
     video_seconds_per_grid: list[float] = field(default_factory=list)
     video_has_sound: list[bool] = field(default_factory=list)
     waves: list[np.ndarray] = field(default_factory=list)
+    speeches: list[Speech] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids)
+        """What it takes of a pack: the Talker's positions where there is speech, else its tokens."""
+        return sum(speech.num_tokens for speech in self.speeches) or len(self.input_ids)
+
+
+@dataclass(slots=True)
+class SpeechPack:
+    """The Talker's sequences of a pack as tensors, see Speech: S positions of Q sequences, N frames.
+
+    ``text_ids``, ``codec_ids`` (the first code of each frame included) and ``shift_labels`` int64 [S]: the first code
+    of the next frame or eos, IGNORE_INDEX before the reply; ``position_ids`` [4, S] and ``cu_seqlens`` int32 [Q+1] as
+    in Pack; ``media_index`` [M] into the tokens of the pack; ``frame_index`` [N]: the position of each frame; ``codes``
+    and ``input_codes`` [G, N]; ``code_lengths`` [Q] frames of each sequence; ``document`` [Q]: whose speech it is.
+    """
+
+    text_ids: torch.Tensor
+    codec_ids: torch.Tensor
+    shift_labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    media_index: torch.Tensor
+    frame_index: torch.Tensor
+    codes: torch.Tensor
+    input_codes: torch.Tensor
+    code_lengths: torch.Tensor
+    document: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.text_ids.numel())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SpeechPack:
+        """The same on ``device``."""
+        return SpeechPack(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
 
 @dataclass(slots=True)
@@ -156,7 +226,7 @@ class Pack:
     the same for video; ``waves`` float32 [clips, n] at 24 kHz, each followed by zeros to a whole codec frame at least,
     with ``wave_lengths`` int64 [clips]. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids``
     names its documents; it is empty for a dummy, which counts for nothing. ``bad_samples``: those of its plan that
-    could not be decoded and were left out.
+    could not be decoded and were left out. ``speech``: the sequences of a Talker's stage, None in others.
     """
 
     input_ids: torch.Tensor
@@ -175,13 +245,16 @@ class Pack:
     wave_lengths: torch.Tensor
     sample_ids: list[str]
     bad_samples: list[BadSample] = field(default_factory=list)
+    speech: SpeechPack | None = None
 
     @property
     def num_tokens(self) -> int:
-        return int(self.input_ids.numel())
+        """What it counts in a stage's budget: the Talker's positions where there is speech, else its tokens."""
+        return int(self.input_ids.numel()) if self.speech is None else self.speech.num_tokens
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on ``device``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        movable = (torch.Tensor, SpeechPack)
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, movable) else v for k, v in values.items()}
         return Pack(**moved)

@@ -21,7 +21,17 @@ from omni_train.data.chatml import (
     render,
     tokenize,
 )
-from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Document, Pack, Sample, SampleFacts
+from omni_train.data.contracts import (
+    IGNORE_INDEX,
+    MODALITIES,
+    NO_CODE,
+    Document,
+    Pack,
+    Sample,
+    SampleFacts,
+    Speech,
+    SpeechPack,
+)
 from omni_train.data.image import decode_image, patchify
 from omni_train.data.media_tokens import (
     NUM_MELS,
@@ -33,6 +43,7 @@ from omni_train.data.media_tokens import (
     media_num_tokens,
 )
 from omni_train.data.positions import audio_video_order, tm_rope_positions, video_token_times
+from omni_train.data.talker_sequence import NUM_OPENING, SpeechFormat, read_codes, system_tokens, talker_sequence
 from omni_train.data.tokenizer import TokenIds, token_ids
 from omni_train.data.video import decode_video
 
@@ -45,11 +56,21 @@ class RangeError(ValueError):
 
 
 class Encoder:
-    """Turns samples into documents. Picklable, without state that changes: one serves any number of workers."""
+    """Turns samples into documents. Picklable, without state that changes: one serves any number of workers.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, geometry: MediaGeometry, loss_on: str = "assistant") -> None:
+    ``speech``: that of a Talker's stage, whose documents hold speech targets.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        geometry: MediaGeometry,
+        loss_on: str = "assistant",
+        speech: SpeechFormat | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.geometry = geometry
+        self.speech = speech
         self.loss_on = getattr(loss_on, "value", loss_on)
         self.ids: TokenIds = token_ids(tokenizer)
         render({"text": ""}, self.loss_on)  # refuses an unknown loss_on here, not in a worker
@@ -60,8 +81,13 @@ class Encoder:
         return self.geometry.patch_dim
 
     def num_tokens(self, facts: SampleFacts) -> int:
-        """Tokens of the sample's whole document, from its index line."""
-        return facts.num_text_tokens + sum(media_num_tokens(media, self.geometry) for media in facts.media)
+        """What the sample's whole document takes of a pack, from its index line."""
+        num_media = sum(media_num_tokens(media, self.geometry) for media in facts.media)
+        if self.speech is not None:
+            targets = [media for media in facts.media if media.member in self.speech.members]
+            if targets:
+                return sum(num_media + media.num_text_tokens + NUM_OPENING + media.num_frames for media in targets)
+        return facts.num_text_tokens + num_media
 
     def is_splittable(self, facts: SampleFacts) -> bool:
         """Whether a sample longer than the context is cut: plain text is, what holds media is not."""
@@ -75,6 +101,8 @@ class Encoder:
         """
         try:
             document = self._encode(sample.id, sample.content, sample.members)
+            if self.speech is not None:
+                document.speeches = self._speeches(document, sample, self.speech)
             return _cut(document, start, document.num_tokens if stop is None else stop)
         except ValueError as error:
             kind = RangeError if isinstance(error, RangeError) else ValueError
@@ -146,6 +174,24 @@ class Encoder:
             geometry=self.geometry,
         )
         return document
+
+    def _speeches(self, document: Document, sample: Sample, format: SpeechFormat) -> list[Speech]:
+        """The Talker's sequences of the sample's speech targets."""
+        if "messages" not in sample.content:
+            raise ValueError(
+                "it has no messages; a Talker's stage needs a conversation and the codes of its last reply"
+            )
+        system = system_tokens(sample.content.get("talker_system", ""), self.tokenizer)
+        found = []
+        for name in format.members:
+            if name not in sample.members:
+                raise ValueError(f"it has no member {name!r}, its speech; make codes with `omni-train data codes`")
+            try:
+                codes, speaker = read_codes(sample.members[name]), sample.content.get("speaker")
+                found.append(talker_sequence(document, system, codes, speaker, format, self.geometry))
+            except ValueError as error:
+                raise ValueError(f"member {name!r}: {error}") from error
+        return found
 
     def _expand(self, piece: Piece, members: dict[str, bytes], document: Document) -> list[int]:
         """What takes the place of the piece's placeholder; the features are added to ``document``."""
@@ -219,8 +265,8 @@ def collate(
         audio_window_sec = [DEFAULT_AUDIO_WINDOW_SEC] * len(mels)
     if len(audio_window_sec) != len(mels):
         raise ValueError(f"{len(audio_window_sec)} audio windows are given for {len(mels)} clips")
-    lengths = [document.num_tokens for document in documents]
-    position_ids = [np.vstack([np.arange(document.num_tokens), document.position_ids]) for document in documents]
+    lengths = [len(document.input_ids) for document in documents]
+    position_ids = [_with_index(document.position_ids) for document in documents]
     images = [patches for document in documents for patches in document.image_patches]
     videos = [patches for document in documents for patches in document.video_patches]
     return Pack(
@@ -238,6 +284,37 @@ def collate(
         video_grid_thw=_grids([grid for document in documents for grid in document.video_grids]),
         **padded_waves([wave for document in documents for wave in document.waves]),
         sample_ids=[document.sample_id for document in documents],
+        speech=_speech_pack(documents) if any(document.speeches for document in documents) else None,
+    )
+
+
+def _with_index(position_ids: np.ndarray) -> np.ndarray:
+    """Position ids [4, L] from [3, L]: the row that transformers tells documents apart by comes first."""
+    return np.vstack([np.arange(position_ids.shape[1]), position_ids])
+
+
+def _speech_pack(documents: Sequence[Document]) -> SpeechPack:
+    """The Talker's sequences of all documents, one after the other."""
+    speeches = [speech for document in documents for speech in document.speeches]
+    owner = [number for number, document in enumerate(documents) for _ in document.speeches]
+    starts = np.cumsum([0, *(len(document.input_ids) for document in documents)])
+    ends = np.cumsum([speech.num_tokens for speech in speeches])
+    lengths = [speech.codes.shape[1] for speech in speeches]
+    frames = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    return SpeechPack(
+        text_ids=torch.from_numpy(np.concatenate([speech.text_ids for speech in speeches])),
+        codec_ids=torch.from_numpy(np.concatenate([[*s.codec_ids, *s.input_codes[0]] for s in speeches])),
+        shift_labels=torch.from_numpy(np.concatenate([speech.shift_labels for speech in speeches])),
+        position_ids=torch.from_numpy(np.concatenate([_with_index(s.position_ids) for s in speeches], axis=1)),
+        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
+        media_index=torch.from_numpy(
+            np.concatenate([speech.media_index + starts[n] for n, speech in zip(owner, speeches, strict=True)])
+        ),
+        frame_index=torch.from_numpy(np.concatenate(frames)),
+        codes=torch.from_numpy(np.concatenate([speech.codes for speech in speeches], axis=1)),
+        input_codes=torch.from_numpy(np.concatenate([speech.input_codes for speech in speeches], axis=1)),
+        code_lengths=torch.tensor(lengths),
+        document=torch.tensor(owner),
     )
 
 
@@ -246,9 +323,9 @@ def shift_labels(labels: np.ndarray) -> np.ndarray:
     return np.append(labels[1:], IGNORE_INDEX)
 
 
-def dummy_pack(geometry: MediaGeometry, ids: TokenIds) -> Pack:
+def dummy_pack(geometry: MediaGeometry, ids: TokenIds, speech: SpeechFormat | None = None) -> Pack:
     """The smallest pack: two text tokens, no media, no label, no sample ids (which is what marks it). For ranks without
-    data, so that collectives still match."""
+    data, so that collectives still match. In a Talker's stage it has one frame for each target."""
     tokens = np.full(2, ids.endoftext, dtype=np.int64)
     document = Document(
         sample_id="dummy",
@@ -257,6 +334,10 @@ def dummy_pack(geometry: MediaGeometry, ids: TokenIds) -> Pack:
         labels=np.full(2, IGNORE_INDEX, dtype=np.int64),
         position_ids=np.tile(np.arange(2), (3, 1)),
     )
+    if speech is not None:
+        frame = np.zeros((speech.talker.num_code_groups, 1), dtype=np.int64)
+        silence = Speech(tokens, np.array([NO_CODE]), document.position_ids, np.empty(0, np.int64), frame, frame, -100)
+        document.speeches = [silence] * len(speech.members)
     return dataclasses.replace(collate([document], patch_dim=geometry.patch_dim), sample_ids=[])
 
 

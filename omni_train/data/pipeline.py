@@ -25,6 +25,7 @@ from omni_train.data.media_tokens import MediaGeometry
 from omni_train.data.planner import Planner, Source, plan_once
 from omni_train.data.shard import DataError, SampleError
 from omni_train.data.speech import SpeechEncoder
+from omni_train.data.talker_sequence import SpeechFormat, SpeechTokens, with_noise
 from omni_train.data.tokenizer import fingerprint, load_tokenizer
 
 
@@ -34,20 +35,22 @@ class PackBuilder:
 
     A sample that cannot be decoded is left out of its pack, which names it in ``bad_samples``: the pack is then that of
     the other documents, a dummy where there is none. The plan stays as it is, so nothing hangs on who meets the sample.
-    ``audio_window_sec`` (least, most): the attention window of each clip, drawn from (seed, sample id).
+    ``audio_window_sec`` (least, most): the attention window of each clip, drawn from (seed, sample id, step), as is
+    ``code_noise``: the share of the codes that a Talker reads which are random.
     """
 
     reader: PackReader
     encoder: Encoder | SpeechEncoder
     audio_window_sec: tuple[int, int]
     seed: int
+    code_noise: float = 0.0
 
     def __call__(self, plan: PackPlan) -> Pack:
         documents: list[Document] = []
         bad: list[BadSample] = []
         for planned in plan.documents:
             try:
-                documents.append(self._document(planned))
+                documents.append(self._document(planned, plan.step))
             except SampleError as error:
                 bad.append(BadSample(error.shard, error.key, error.offset, error.what))
         if not documents:
@@ -58,23 +61,31 @@ class PackBuilder:
         pack.bad_samples = bad
         return pack
 
-    def _document(self, planned: DocumentPlan) -> Document:
+    def _document(self, planned: DocumentPlan, step: int) -> Document:
         """Raises SampleError for a sample that cannot be decoded, DataError where shard and index disagree."""
         sample = self.reader.read(planned)
         shard, key, offset = self.reader.place(planned)
         try:
-            return self.encoder.encode(sample, planned.start, planned.stop)
+            document = self.encoder.encode(sample, planned.start, planned.stop)
         except ValueError as error:
             what = str(error).removeprefix(f"sample {sample.id}: ")
             if isinstance(error, RangeError):
                 fix = "remove the shard's .idx files: a run writes what is missing"
                 raise DataError.at(shard, offset, what, key=key, fix=fix) from error
             raise SampleError.at(shard, offset, what, key=key, fix=FIX) from error
+        if self.code_noise > 0 and self.encoder.speech is not None:
+            rng = np.random.default_rng(self._draw(sample.id, step))
+            size = self.encoder.speech.talker.codebook_size
+            document.speeches = [with_noise(speech, self.code_noise, size, rng) for speech in document.speeches]
+        return document
+
+    def _draw(self, sample_id: str, step: int) -> int:
+        key = hashlib.blake2b(f"{self.seed}/{sample_id}/{step}".encode(), digest_size=4).digest()
+        return int.from_bytes(key, "little")
 
     def _window(self, sample_id: str, step: int) -> int:
         least, most = self.audio_window_sec
-        key = hashlib.blake2b(f"{self.seed}/{sample_id}/{step}".encode(), digest_size=4).digest()
-        return least + int.from_bytes(key, "little") % (most - least + 1)
+        return least + self._draw(sample_id, step) % (most - least + 1)
 
 
 def media_geometry(vision: VisionModelConfig) -> MediaGeometry:
@@ -92,6 +103,15 @@ def media_geometry(vision: VisionModelConfig) -> MediaGeometry:
     )
 
 
+def speech_format(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpeechFormat | None:
+    """How a stage reads speech targets; None for a stage that reads none."""
+    objective = config.stage.objective
+    if objective not in (Objective.talker, Objective.talker_dpo):
+        return None
+    assert config.model.talker is not None  # RunConfig refuses such a stage
+    return SpeechFormat(config.model.talker, SpeechTokens.of(tokenizer), objective is Objective.talker_dpo)
+
+
 class DataPipeline:
     """The data of one run: its training packs by step, and its validation packs by source."""
 
@@ -102,7 +122,8 @@ class DataPipeline:
         if config.stage.objective in (Objective.codec, Objective.code2wav):
             self.encoder = SpeechEncoder(with_mels=config.stage.reconstruction.semantic > 0)
         else:
-            self.encoder = Encoder(tokenizer, media_geometry(config.model.vision), config.stage.loss_on.name)
+            geometry, speech = media_geometry(config.model.vision), speech_format(config, tokenizer)
+            self.encoder = Encoder(tokenizer, geometry, config.stage.loss_on.name, speech)
         self._indexed = SampleCount()
 
     @staticmethod
@@ -139,7 +160,8 @@ class DataPipeline:
         self, sources: Mapping[str, ShardsConfig], shards: dict[str, list[tuple[str, ShardIndex]]]
     ) -> PackBuilder:
         least, most = self.config.stage.audio_window_sec
-        return PackBuilder(PackReader(shards, sources), self.encoder, (least, most), self.config.data.seed)
+        reader, noise = PackReader(shards, sources), self.config.stage.code_noise
+        return PackBuilder(reader, self.encoder, (least, most), self.config.data.seed, noise)
 
     def loader(self, rank: int, world: int) -> StepLoader:
         """Training packs of this rank, step by step."""
@@ -176,7 +198,8 @@ class DataPipeline:
         return plans
 
     def validation_builder(self, name: str, settings: ShardsConfig) -> PackBuilder:
-        """Reads the packs that ``validation_packs`` planned; audio windows are the longest allowed."""
+        """Reads the packs that ``validation_packs`` planned; audio windows are the longest allowed, codes are exact."""
         builder = self._builder({name: settings}, {name: self.indexed(settings)})
         builder.audio_window_sec = (self.config.stage.audio_window_sec[1],) * 2
+        builder.code_noise = 0.0
         return builder

@@ -12,7 +12,7 @@ from omni_train.config import ComponentConfig, EngineConfig, Precision, StageCon
 from omni_train.models.components import parameter_groups
 
 MAX_BUCKET_NUMBERS = 500_000_000  # DeepSpeed's own size
-MOE_LAYERS = r"(llm\.)?model\.layers\.\d+\.mlp"
+MOE_LAYERS = r"((llm|talker)\.)?model\.layers\.\d+\.mlp"
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -47,6 +47,12 @@ def deepspeed_config(
             "top_k": moe.num_experts_per_tok,
             "route_norm": moe.norm_topk_prob,
         }
+        if hasattr(moe, "shared_expert_intermediate_size"):  # the Talker's; without this AutoEP drops it silently
+            config["expert_parallel"] |= {
+                "has_shared_experts": True,
+                "shared_experts_pattern": "shared_expert",
+                "shared_experts_gate_pattern": "shared_expert_gate",
+            }
     if is_trained:
         # overlap_comm needs streams; on CPU it only adds copies.
         config["zero_optimization"] |= {"overlap_comm": engine.device == "cuda", "contiguous_gradients": True}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from omni_train.config import ModelConfig, Objective, RunConfig, to_dict
+from omni_train.config import ConfigError, ModelConfig, Objective, RunConfig, to_dict
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
-from omni_train.models.build import build_thinker, thinker_config
+from omni_train.models.build import build_omni, build_thinker, thinker_config
 from omni_train.models.components import component_of
-from omni_train.models.weights import codebooks
+from omni_train.models.weights import canonical, codebooks, load_components, yarn_factor_of
 
 
 def gathered(parameter: nn.Parameter):
@@ -56,6 +57,10 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
         state[f"{name}.experts.gate_up_proj"] = torch.cat([w1, w3], dim=1).cpu()
         state[f"{name}.experts.down_proj"] = w2.cpu()
         state[f"{name}.gate.weight"] = _whole(layer.router.gate.weight).cpu()
+        if layer.shared_experts is not None:
+            for part, parameter in layer.shared_experts.named_parameters():
+                state[f"{name}.shared_expert.{part}"] = _whole(parameter).cpu()
+            state[f"{name}.shared_expert_gate.weight"] = _whole(layer.shared_experts_gate.weight).cpu()
     for name, parameter in module.named_parameters():
         if not any(name.startswith(f"{layer}.") for layer in expert_layers):
             state[name] = _whole(parameter).cpu()
@@ -85,27 +90,38 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
 
     Thinker stages write a whole Qwen3OmniMoeThinkerForConditionalGeneration, with freshly initialised towers where
     the stage has none (text_pretrain). AuT and the captioner write their encoder under its name in the Thinker, and
-    their decoder; Code2Wav has its names in the whole model, the codec our own.
+    their decoder; Code2Wav has its names in the whole model, the codec our own. Talker stages write the Talker with its
+    MTP, without the Thinker that they left as it was.
     """
+    kind = config.stage.objective
+    if kind in (Objective.talker, Objective.talker_dpo):
+        modules = {"talker": modules["talker"]}
     state: dict[str, Tensor] = {}
     for module in modules.values():
         state |= full_state_dict(module)
     if dist.get_rank() == 0:
-        temporary = folder.with_name(f"tmp_{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        if config.stage.objective is Objective.next_token:
-            write_thinker(state, config, tokenizer, temporary)
-        else:
-            write_part(state, config, temporary)
-        tokenizer.save_pretrained(temporary)
-        write_processor(config.model, temporary)
-        make_readable(temporary)
-        fsync_tree(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        fsync_folder(folder.parent)
+        with committed(folder) as temporary:
+            if kind is Objective.next_token:
+                write_thinker(state, config, tokenizer, temporary)
+            else:
+                write_parts(state, config, temporary)
+            tokenizer.save_pretrained(temporary)
+            write_processor(config.model, temporary)
     dist.barrier()
+
+
+@contextlib.contextmanager
+def committed(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``folder`` by one rename at the end."""
+    temporary = folder.with_name(f"tmp_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    make_readable(temporary)
+    fsync_tree(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)
 
 
 def make_readable(folder: Path) -> None:
@@ -133,8 +149,8 @@ def write_thinker(
     whole.save_pretrained(folder, state_dict=state)
 
 
-def write_part(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
-    """Save AuT, the captioner, the codec or Code2Wav: one safetensors file, a config.json with the preset's sizes."""
+def write_parts(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
+    """Save AuT, the captioner, the codec, Code2Wav or the Talker: one safetensors file, a config.json of sizes."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     description = {"model_type": f"omni_train_{config.stage.objective.name}", "model": to_dict(config)["model"]}
     (folder / "config.json").write_text(json.dumps(description, indent=2))
@@ -171,3 +187,27 @@ def write_processor(model: ModelConfig, folder: Path) -> None:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(picture, indent=2))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2))
+
+
+def write_omni(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dict[str, str], folder: Path) -> list[str]:
+    """Write the whole model from the exports of stages, as a folder for stock's Qwen3OmniMoeForConditionalGeneration.
+
+    ``init``: component → folder, "all" for those not named. Returns a line about each component. Raises ConfigError
+    for a component without a folder, or one that its folder does not hold.
+    """
+    thinker = init.get("llm", init.get("all"))
+    if thinker is None:
+        raise ConfigError("init.llm: a whole model needs a folder for every component; give +init.llm=FOLDER")
+    omni = build_omni(model, tokenizer, yarn_factor_of(Path(thinker)), device="cpu")
+    components = sorted({component_of(canonical(name)) for name, _ in omni.named_parameters()})
+    missing = [name for name in components if name not in init and "all" not in init]
+    if missing:
+        raise ConfigError(f"init has no folder for {', '.join(missing)}; give +init.{missing[0]}=FOLDER")
+    sources = {name: init.get(name, init.get("all", "")) for name in components}
+    for name, source in sources.items():
+        load_components(omni, Path(source), {name})
+    with committed(folder) as temporary:
+        omni.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_processor(model, temporary)
+    return [f"{name} from {source}" for name, source in sources.items()]

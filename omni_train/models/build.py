@@ -15,17 +15,20 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
     Qwen3OmniMoeAudioEncoderConfig,
     Qwen3OmniMoeCode2WavConfig,
     Qwen3OmniMoeConfig,
+    Qwen3OmniMoeTalkerConfig,
     Qwen3OmniMoeThinkerConfig,
     Qwen3OmniMoeVisionEncoderConfig,
 )
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoeAudioEncoder,
     Qwen3OmniMoeForConditionalGeneration,
+    Qwen3OmniMoeTalkerForConditionalGeneration,
     Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3OmniMoeVisionEncoder,
 )
 
 from omni_train.config import ConfigError, ModelConfig
+from omni_train.data.tokenizer import IM_END, IM_START, TTS_BOS, TTS_EOD, TTS_PAD
 from omni_train.models.attention import VARLEN
 from omni_train.models.encoder_decoder import TextDecoder
 
@@ -52,6 +55,23 @@ PUBLISHED_TOKEN_IDS = {
     "user_token_id": 872,
 }
 
+
+# Token names → fields of the whole model's configuration; roles are the first token of their name.
+OMNI_TOKEN_FIELDS = {
+    "im_start_token_id": IM_START,
+    "im_end_token_id": IM_END,
+    "tts_pad_token_id": TTS_PAD,
+    "tts_bos_token_id": TTS_BOS,
+    "tts_eos_token_id": TTS_EOD,
+}
+TALKER_TOKEN_FIELDS = (
+    "audio_token_id", "image_token_id", "video_token_id", "audio_start_token_id", "vision_start_token_id",
+)  # fmt: skip
+ROPE_FIELDS = ("mrope_section", "rope_theta")
+ROLE_FIELDS = {"system_token_id": "system", "user_token_id": "user", "assistant_token_id": "assistant"}
+
+AUDIO_WINDOW_FRAMES = 50
+"""Half a chunk of the audio encoder, in mel frames. NOTE: upstream counts tokens wrongly for any other value."""
 
 EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)$")
 
@@ -99,12 +119,63 @@ def thinker_config(
     )
 
 
-def omni_config(model: ModelConfig) -> Qwen3OmniMoeConfig:
-    """The configuration of the whole model: Thinker, Code2Wav, and the Talker with MTP that ``model.extra`` holds."""
-    parts = {"enable_audio_output": False}
-    if model.extra:
-        parts = {**model.extra, "code2wav_config": code2wav_config(model).to_dict()}
-    return Qwen3OmniMoeConfig(thinker_config=thinker_config(model).to_dict(), **parts)
+def omni_config(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, yarn_factor: float = 1.0
+) -> Qwen3OmniMoeConfig:
+    """The configuration of the whole model; the Thinker's alone (no audio output) for a preset without a Talker."""
+    thinker = thinker_config(model, tokenizer, yarn_factor).to_dict()
+    if model.talker is None:
+        return Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
+    ids = {}
+    if tokenizer is not None:
+        ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in OMNI_TOKEN_FIELDS.items()}
+        ids |= {field: tokenizer.encode(role)[0] for field, role in ROLE_FIELDS.items()}
+    talker, code2wav = talker_config(model, tokenizer).to_dict(), code2wav_config(model).to_dict()
+    return Qwen3OmniMoeConfig(thinker_config=thinker, talker_config=talker, code2wav_config=code2wav, **ids)
+
+
+def talker_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen3OmniMoeTalkerConfig:
+    """The Talker's transformers configuration.
+
+    NOTE: stock's get_rope_index reads ``audio_config.n_window`` of this configuration, which has none, where a picture
+    meets a sound. The attribute map, which a config.json keeps, finds it in ``text_config``.
+    """
+    talker = model.talker
+    assert talker is not None
+    decoder, mtp, tokens = talker.decoder, talker.mtp, talker.tokens
+    text_config = {name: getattr(decoder, name) for name in decoder.__slots__ if name not in ROPE_FIELDS}
+    text_config |= {"vocab_size": talker.vocab_size, "n_window": AUDIO_WINDOW_FRAMES}
+    text_config["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": decoder.rope_theta,
+        "mrope_section": list(decoder.mrope_section),
+    }
+    predictor = {name: getattr(mtp, name) for name in mtp.__slots__ if name not in ROPE_FIELDS}
+    predictor |= {
+        "vocab_size": talker.codebook_size,
+        "hidden_size": decoder.hidden_size,
+        "num_code_groups": talker.num_code_groups,
+        "rope_parameters": {"rope_type": "default", "rope_theta": mtp.rope_theta},
+    }
+    thinker_ids = token_ids(tokenizer, model.text.vocab_size)
+    return Qwen3OmniMoeTalkerConfig(
+        text_config=text_config,
+        code_predictor_config=predictor,
+        num_code_groups=talker.num_code_groups,
+        accept_hidden_layer=talker.accept_hidden_layer,
+        thinker_hidden_size=model.text.hidden_size,
+        spatial_merge_size=model.vision.spatial_merge_size,
+        position_id_per_seconds=13,
+        attribute_map={"audio_config": "text_config"},
+        codec_pad_id=tokens.pad,
+        codec_bos_id=tokens.bos,
+        codec_eos_token_id=tokens.eos,
+        codec_nothink_id=tokens.nothink,
+        codec_think_bos_id=tokens.think_bos,
+        codec_think_eos_id=tokens.think_eos,
+        speaker_id=dict(talker.speakers),
+        **{name: number for name, number in thinker_ids.items() if name in TALKER_TOKEN_FIELDS},
+    )
 
 
 def audio_config(model: ModelConfig) -> Qwen3OmniMoeAudioEncoderConfig:
@@ -118,7 +189,7 @@ def audio_config(model: ModelConfig) -> Qwen3OmniMoeAudioEncoderConfig:
         encoder_ffn_dim=audio.encoder_ffn_dim,
         downsample_hidden_size=audio.downsample_hidden_size,
         max_source_positions=audio.max_source_positions,
-        n_window=50,
+        n_window=AUDIO_WINDOW_FRAMES,
         n_window_infer=audio.n_window_infer,
         output_dim=model.text.hidden_size,
     )
@@ -197,10 +268,38 @@ def build_thinker(
     return thinker
 
 
-def build_omni(model: ModelConfig, *, device: str) -> nn.Module:
-    """The whole Qwen3OmniMoeForConditionalGeneration, for counting: its Talker has no usable initial weights."""
+@torch.no_grad()
+def build_talker(
+    config: Qwen3OmniMoeTalkerConfig, *, seed: int, device: str = "cpu", embedding_std: float = 0.02
+) -> nn.Module:
+    """A Qwen3OmniMoeTalkerForConditionalGeneration in fp32, initialised from ``seed`` (nothing on device="meta").
+
+    NOTE: stock leaves the Talker's experts uninitialised and its routers zero.
+    """
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        talker = Qwen3OmniMoeTalkerForConditionalGeneration(config)
+        if device != "meta":
+            fan_in_init(talker)
+            for layer in talker.model.layers:
+                nn.init.normal_(layer.mlp.gate.weight, std=config.text_config.initializer_range)
+            for embedding in (talker.model.codec_embedding, *talker.code_predictor.model.codec_embedding):
+                nn.init.normal_(embedding.weight, std=embedding_std)
+    use_varlen(talker.model.config)
+    talker.code_predictor.set_attn_implementation("sdpa")
+    return talker
+
+
+def build_omni(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    yarn_factor: float = 1.0,
+    *,
+    device: str,
+) -> nn.Module:
+    """The whole Qwen3OmniMoeForConditionalGeneration, for counting and for export: no usable initial weights."""
     with torch.device(device):
-        return Qwen3OmniMoeForConditionalGeneration(omni_config(model))
+        return Qwen3OmniMoeForConditionalGeneration(omni_config(model, tokenizer, yarn_factor))
 
 
 def build_encoder(model: ModelConfig, kind: str, *, seed: int) -> nn.Module:

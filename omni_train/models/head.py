@@ -28,12 +28,17 @@ class VocabularyHead(nn.Module):
         """
         if labels is None:
             return F.linear(hidden, self.weight)
-        if len(labels) == 0:
-            return (0.0 * (self.weight.sum() + hidden.sum())).float().expand(0), labels
-        if len(labels) * self.weight.shape[0] > CHUNK_NUMBERS:
-            return _ChunkedLosses.apply(hidden, self.weight, labels, max(1, CHUNK_NUMBERS // self.weight.shape[0]))
-        logits = F.linear(hidden, self.weight)
-        return F.cross_entropy(logits.float(), labels, reduction="none"), logits.detach().argmax(-1)
+        return vocabulary_losses(hidden, self.weight, labels)
+
+
+def vocabulary_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses, predictions) of hidden [K, H] under a head of weight [V, H], see VocabularyHead.forward."""
+    if len(labels) == 0:
+        return (0.0 * (weight.sum() + hidden.sum())).float().expand(0), labels
+    if len(labels) * weight.shape[0] > CHUNK_NUMBERS:
+        return _ChunkedLosses.apply(hidden, weight, labels, max(1, CHUNK_NUMBERS // weight.shape[0]))
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.float(), labels, reduction="none"), logits.detach().argmax(-1)
 
 
 class _ChunkedLosses(torch.autograd.Function):

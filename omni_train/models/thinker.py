@@ -90,6 +90,22 @@ class LanguageModel(nn.Module):
             "router_counts": counts * is_real,
         }
 
+    def hidden_states(self, pack: Pack, media: MediaEmbeds | None, number: int) -> Tensor:
+        """[T, H] after ``number`` layers, as stock's ``hidden_states[number]``; later layers are not run.
+
+        That is before a DeepStack level is added to the last of them; after all layers, it is the last norm's output.
+        """
+        model = self.model
+        hidden, is_visual, deepstack = self.merge(pack.input_ids, media)
+        hidden = hidden[None]
+        segments = Segments.of((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).tolist(), hidden.device)
+        rotary = model.rotary_emb(hidden, pack.position_ids[1:, None])
+        for layer in range(number):
+            hidden = model.layers[layer](hidden, position_embeddings=rotary, attention_mask=None, varlen=segments)
+            if deepstack is not None and layer < min(len(deepstack), number - 1):
+                hidden = model._deepstack_process(hidden, is_visual[None], deepstack[layer])
+        return model.norm(hidden)[0] if number == len(model.layers) else hidden[0]
+
     def step(
         self,
         embeds: Tensor,

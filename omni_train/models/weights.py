@@ -66,8 +66,8 @@ def load_components(module: nn.Module, folder: Path, components: set[str]) -> se
     head; the others stay as initialised. Raises ConfigError naming a tensor that is missing or has another shape.
     """
     weights, found = WeightFolder(folder), set()
-    for name, parameter in (*module.named_parameters(), *codebooks(module).items()):
-        component = component_of(name)
+    for name, parameter in (*module.named_parameters(), *codebooks(module).items()):  # ours, or stock's whole model's
+        component = component_of(canonical(name))
         if component not in components:
             continue
         found.add(component)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from support import (
     ADAPTERS,
     EVERYTHING,
+    TALKER,
     TOWERS,
     Case,
     Ranks,
@@ -169,6 +170,43 @@ def test_encoder_decoders(settings, zero_stage):
     check(replace(single, kinds=(first, second, "none", "none"), world=2, zero_stage=zero_stage), single)
     check(replace(single, kinds=(first, "none", second, "none"), world=2, zero_stage=zero_stage), single)
     check(replace(single, documents_per_pack=2), single)
+
+
+SPEAKER = Case(objective="talker", components=TALKER, kinds=("text", "short_audio", "image", "video"), num_steps=8)
+PAIRS = Case(objective="talker_dpo", components=TALKER, kinds=("text", "image", "short_audio", "text"), num_steps=8)
+
+
+@pytest.mark.parametrize(
+    "case, split",
+    [
+        pytest.param(SPEAKER, EP_2, id="EP 2"),
+        pytest.param(SPEAKER, {**EP_2, "documents_per_pack": 2}, id="2 ranks x 1, EP 2"),
+        pytest.param(SPEAKER, {"documents_per_pack": 4}, id="one pack", marks=slow),
+        pytest.param(SPEAKER, {**RANKS_2, "zero_stage": 2}, id="ZeRO 2", marks=slow),
+        pytest.param(SPEAKER, {**EP_2, "zero_stage": 3}, id="ZeRO 3, EP 2", marks=slow),
+        pytest.param(SPEAKER, {**EP_2, "recompute": True}, id="recompute, EP 2", marks=slow),
+        pytest.param(PAIRS, EP_2, id="preferences, EP 2"),
+        pytest.param(PAIRS, {"documents_per_pack": 4}, id="preferences, one pack", marks=slow),
+    ],
+)
+def test_a_talker_beside_its_frozen_thinker(case, split):
+    """The Thinker's experts are sharded too; the Talker's have a shared one beside them."""
+    check(replace(case, **split), case)
+
+
+@pytest.mark.parametrize("case", [SPEAKER, pytest.param(PAIRS, marks=slow)])
+def test_a_talker_s_rank_without_data(case):
+    first, second, *_ = case.kinds
+    single = replace(case, kinds=(first, second))
+    check(replace(single, **EP_2, kinds=(first, second, "none", "none")), single)
+
+
+def test_the_talker_cases_train():
+    found = trajectory(SPEAKER)
+    assert found["loss"][-1] < found["loss"][0] - 1.0
+    assert found["loss/residuals"][-1] < found["loss/residuals"][0] - 0.3
+    assert trajectory(PAIRS)["loss"][0] == pytest.approx(np.log(2), abs=1e-6)  # the reference is the start
+    assert trajectory(PAIRS)["loss"][-1] != trajectory(PAIRS)["loss"][0]
 
 
 # Mutations: the code is broken on both sides, so what is asserted is that the comparison above would have failed.

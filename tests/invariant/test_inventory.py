@@ -20,6 +20,7 @@ from omni_train.data.tokenizer import load_tokenizer, token_ids
 from omni_train.models.components import freeze_all_but
 from omni_train.stage import build_modules
 
+SPEECH = {"talker", "mtp"}
 LLM, AUDIO, VISION = "llm", {"audio_encoder", "audio_adapter"}, {"vision_encoder", "vision_adapter"}
 # Stage → (what trains, what is there and frozen).
 TABLE: dict[str, tuple[set[str], set[str]]] = {
@@ -30,9 +31,15 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "s1_encoders": (AUDIO | VISION, {LLM}),
     "s2_general": ({LLM} | AUDIO | VISION, set()),
     "s3_long_context": ({LLM} | AUDIO | VISION, set()),
+    "talker_pretrain": (SPEECH, {LLM} | AUDIO | VISION),
+    "talker_cpt": (SPEECH, {LLM} | AUDIO | VISION),
+    "talker_dpo": (SPEECH, {LLM} | AUDIO | VISION),
+    "talker_speaker": (SPEECH, {LLM} | AUDIO | VISION),
 }
 # Part of a parameter's name → its component, first match wins; written apart from the patterns of the code.
 PARTS = (
+    ("code_predictor.", "mtp"),
+    ("talker.", "talker"),
     ("audio_tower.proj1.", "audio_adapter"),
     ("audio_tower.proj2.", "audio_adapter"),
     ("audio_tower.", "audio_encoder"),

@@ -18,7 +18,7 @@ import soundfile
 import torch
 from clips import steady_video
 from PIL import Image
-from support import Case, run_config, run_config_in, stock_arguments, tokenizer_folder
+from support import Case, micro_talker, run_config, run_config_in, stock_arguments, tokenizer_folder
 from torch import nn
 from torchvision_for_tests import import_torchvision
 from transformers import AutoTokenizer, Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor
@@ -77,10 +77,10 @@ MICRO = ModelConfig(
         video_max_frames=16,
     ),
     decoder=DecoderModelConfig(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
-    codec=CodecModelConfig(encoder_dim=16, latent_dim=8, num_codebooks=2, codebook_size=16),
+    codec=CodecModelConfig(encoder_dim=16, latent_dim=8, num_codebooks=4, codebook_size=32),
     code2wav=Code2WavModelConfig(
-        num_quantizers=2,
-        codebook_size=16,
+        num_quantizers=4,
+        codebook_size=32,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -88,6 +88,7 @@ MICRO = ModelConfig(
         intermediate_size=32,
         decoder_dim=32,
     ),
+    talker=micro_talker(accept_hidden_layer=3),
 )
 
 VIDEO_KINDS = ("video", "video_audio", "video_and_picture")
