@@ -2,6 +2,7 @@
 
 next_token, LLM trained          engine "thinker" (or "llm" when only the LLM trains)
 next_token, LLM frozen (S1)      engine "towers", frozen "llm" under expert parallelism
+distillation, gspo               engine "thinker", asking "teacher" or "reference" (post_training.py)
 transcription, captioning        engine "aut" or "captioner"
 """
 
@@ -15,8 +16,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from omni_train.config import ConfigError, Objective, RunConfig
+from omni_train import post_training
+from omni_train.config import THINKER_OBJECTIVES, ConfigError, Objective, RunConfig
 from omni_train.data.contracts import Pack
+from omni_train.data.loader import StepLoader
 from omni_train.data.tokenizer import media_token_ids, token_spelling
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
@@ -25,6 +28,7 @@ from omni_train.models.components import Inventory, freeze_all_but
 from omni_train.models.encoder_decoder import EncoderDecoder
 from omni_train.models.thinker import compose
 from omni_train.models.weights import load_components
+from omni_train.objectives import gspo
 from omni_train.objectives.next_token import counts, next_token_losses
 from omni_train.objectives.terms import Losses
 
@@ -58,6 +62,7 @@ class Stage:
     ``losses`` is the objective: the losses of a pack, given the global expert fractions [L, E] of the step before (None
     without a router); ``counts`` is what a pack adds to the global divisors of its terms, "tokens" among them.
     ``forward`` maps a pack to the model's output, for held-out losses. ``after_step`` runs when all optimizers moved.
+    ``references`` are frozen models that the objective asks (a teacher), no part of what the stage exports.
     """
 
     engines: dict[str, Any]
@@ -66,6 +71,7 @@ class Stage:
     losses: Callable[[Pack, Tensor | None], Losses]
     counts: Callable[[Pack], dict[str, int]]
     inventory: list[Inventory]
+    references: dict[str, nn.Module] = field(default_factory=dict)
     router_shape: tuple[int, int] | None = None  # layers, experts
     batches: Callable[[BatchSource], BatchSource] = lambda packs: packs
     stateful: dict[str, Stateful] = field(default_factory=dict)
@@ -80,11 +86,11 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
     """The unsharded fp32 modules of a stage by engine name, weights loaded from ``config.init``."""
     model, objective = config.model, config.stage.objective
     modules: dict[str, nn.Module]
-    if objective is Objective.next_token:
+    if objective in THINKER_OBJECTIVES:
         stock = thinker_config(model, tokenizer, config.stage.yarn_factor)
         thinker = compose(build_thinker(stock, seed=config.seed, embedding_std=model.text.embedding_std))
         trained = set(config.stage.components)
-        if trained == {"llm"}:
+        if trained == {"llm"} and objective is Objective.next_token:
             modules = {"llm": thinker.llm}
         elif "llm" in trained:
             modules = {"thinker": thinker}
@@ -103,7 +109,7 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
                 token_spelling(tokenizer, model.text.vocab_size) if has_ctc else None,
             )
         }
-    load_init(modules, config.init)
+    load_init(modules, {name: folder for name, folder in config.init.items() if name != "teacher"})
     return modules
 
 
@@ -127,6 +133,9 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
     """Engines of a stage, trainable parameters checked against the configuration."""
     modules = build_modules(config, tokenizer)
     components = config.stage.components
+    references = post_training.build_references(config, tokenizer, ranks, next(iter(modules.values())))
+    if config.stage.rollout is not None:
+        micro_batches = post_training.packs_a_step(config, micro_batches)
     inventory = freeze_all_but(modules.values(), components)
     if config.engine.recompute:
         for module in modules.values():
@@ -147,21 +156,46 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
             return llm(pack, towers(pack))
     else:
         forward = next(iter(everything.values()))
-    trained, stage, text = next(iter(engines)), config.stage, config.model.text
-
-    def losses(pack: Pack, fractions: Tensor | None) -> Losses:
-        return next_token_losses(forward(pack), trained, fractions, stage.router_aux_coef, stage.ctc_weight)
-
-    has_router = stage.objective is Objective.next_token
-    return Stage(
+    text, has_router = config.model.text, config.stage.objective in THINKER_OBJECTIVES
+    stage = Stage(
         engines=engines,
         frozen=frozen,
         forward=forward,
-        losses=losses,
-        counts=counts,
+        losses=build_losses(config, engines, forward, references),
+        counts=gspo.counts if config.stage.objective is Objective.gspo else counts,
         inventory=inventory,
+        references=references,
         router_shape=(text.num_hidden_layers, text.num_experts) if has_router else None,
     )
+    if config.stage.rollout is not None:
+        writer = references.get(config.stage.rollout.by.name, everything["thinker"])
+
+        def rollouts(prompts: StepLoader) -> BatchSource:
+            source = post_training.rollout_source(prompts, getattr(writer, "module", writer), config, tokenizer, ranks)
+            stage.stateful["rollouts"] = source
+            return source
+
+        stage.batches = rollouts
+    return stage
+
+
+def build_losses(
+    config: RunConfig,
+    engines: dict[str, Any],
+    forward: Callable[[Pack], dict[str, Tensor]],
+    references: dict[str, nn.Module],
+) -> Callable[[Pack, Tensor | None], Losses]:
+    """The objective of a stage."""
+    stage, (name, engine) = config.stage, next(iter(engines.items()))
+    if stage.objective is Objective.distillation:
+        return post_training.distillation_objective(engine, name, references["teacher"], config)
+    if stage.objective is Objective.gspo:
+        return post_training.gspo_objective(engine, name, references.get("reference"), config)
+
+    def losses(pack: Pack, fractions: Tensor | None) -> Losses:
+        return next_token_losses(forward(pack), name, fractions, stage.router_aux_coef, stage.ctc_weight)
+
+    return losses
 
 
 def enable_recompute(module: nn.Module) -> None:

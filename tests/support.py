@@ -400,7 +400,7 @@ def run_case(ranks: Ranks, case: Case, folder: str) -> Trajectory:
         if case.mutation:
             stack.enter_context(MUTATIONS[case.mutation]())
         if case.shards_all:
-            stack.enter_context(_shard_all())
+            stack.enter_context(shard_all())
         micro_batches = len(packs_of_rank(case, config, ids, 0, ranks.rank))
         trainer = make_trainer(config, ranks, micro_batches)
         if case.mutation == "world_factor":
@@ -411,7 +411,8 @@ def run_case(ranks: Ranks, case: Case, folder: str) -> Trajectory:
 
 
 @contextlib.contextmanager
-def _shard_all() -> Iterator[None]:
+def shard_all() -> Iterator[None]:
+    """ZeRO-3 shards every parameter, also small ones."""
     real = engine_module.deepspeed_config
 
     def sharding(*args: Any, **kwargs: Any) -> dict[str, Any]:

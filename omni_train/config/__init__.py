@@ -20,6 +20,7 @@ from omni_train.config.model import ConfigError, ModelConfig, nearest
 from omni_train.config.model import DecoderModelConfig as DecoderModelConfig
 from omni_train.config.model import TextModelConfig as TextModelConfig
 from omni_train.config.model import VisionModelConfig as VisionModelConfig
+from omni_train.config.post_training import DistillationConfig, GspoConfig, RolloutConfig, check_post_training
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -36,6 +37,8 @@ class Objective(Enum):
     next_token = "next_token"  # the Thinker: text positions of packed documents
     transcription = "transcription"  # AuT: audio encoder + decoder, sequence to sequence
     captioning = "captioning"  # vision encoder + a throw-away decoder, sequence to sequence
+    distillation = "distillation"  # the Thinker: next-token distributions of a frozen teacher, init.teacher
+    gspo = "gspo"  # the Thinker: rewards of its own sampled answers
 
 
 class LossOn(Enum):
@@ -45,8 +48,14 @@ class LossOn(Enum):
     all_text = "all_text"
 
 
+THINKER_COMPONENTS = ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter")
+THINKER_OBJECTIVES = (Objective.next_token, Objective.distillation, Objective.gspo)
+"""Objectives of stages that build, train and export a Thinker."""
+
 TRAINABLE = {
-    Objective.next_token: ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"),
+    Objective.next_token: THINKER_COMPONENTS,
+    Objective.distillation: THINKER_COMPONENTS,
+    Objective.gspo: THINKER_COMPONENTS,
     Objective.transcription: ("audio_encoder", "aut_decoder"),
     Objective.captioning: ("vision_encoder", "vision_decoder"),
 }
@@ -104,6 +113,9 @@ class StageConfig:
     audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
     ctc_weight: float = 0.0  # transcription only: an auxiliary CTC loss on the encoder breaks the early plateau
     yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
+    rollout: RolloutConfig | None = None  # learn from sampled answers to the data's prompts, not from its replies
+    distillation: DistillationConfig | None = None
+    gspo: GspoConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.components:
@@ -130,6 +142,7 @@ class StageConfig:
             )
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
+        check_post_training(self.objective.name, self.context, self.rollout, self.distillation, self.gspo)
 
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -279,9 +292,21 @@ class RunConfig:
                 f"data.lanes ({self.data.lanes}) must be at least the number of ranks ({self.engine.num_processes}); "
                 f"try data.lanes={self.engine.num_processes}"
             )
+        is_distilled = self.stage.objective is Objective.distillation
+        known = (*COMPONENTS, "all", *(["teacher"] if is_distilled else []))
         for name in self.init:
-            if name != "all" and name not in COMPONENTS:
-                raise ConfigError(f"init: no component is called '{name}'; {nearest(name, (*COMPONENTS, 'all'))}")
+            if name not in known:
+                raise ConfigError(f"init: no component is called '{name}'; {nearest(name, known)}")
+        if is_distilled and "teacher" not in self.init:
+            raise ConfigError(
+                "objective distillation needs a teacher: set init.teacher to the folder of an exported Thinker"
+            )
+        rollout = self.stage.rollout
+        if rollout is not None and self.data.packs_per_lane % rollout.updates_per_cycle:
+            raise ConfigError(
+                f"stage.rollout.updates_per_cycle ({rollout.updates_per_cycle}) must divide data.packs_per_lane "
+                f"({self.data.packs_per_lane}), the prompts of a lane in a cycle"
+            )
 
 
 def available(group: str = "") -> list[str]:
@@ -361,8 +386,9 @@ def key_paths(schema: type, prefix: str = "") -> list[str]:
     for name, kind in get_type_hints(schema).items():
         paths.append(prefix + name)
         inner = get_args(kind)[1] if get_origin(kind) is dict else kind
+        inner = next((part for part in get_args(inner) if is_dataclass(part)), inner)  # an optional group
         if isinstance(inner, type) and is_dataclass(inner):
-            paths += key_paths(inner, f"{prefix}{name}." + ("*." if inner is not kind else ""))
+            paths += key_paths(inner, f"{prefix}{name}." + ("*." if get_origin(kind) is dict else ""))
     return paths
 
 

@@ -232,6 +232,14 @@ def modality_of(content: dict[str, Any]) -> str:
     return next((kind for kind in ("video_audio", "video", "image", "audio") if kind in found), "text")
 
 
+def question_of(content: dict[str, Any]) -> str:
+    """The text of the last message before the last reply, without its media; "" where nothing stands before it."""
+    messages = content.get("messages", [])
+    replies = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    before = replies[-1] - 1 if replies else len(messages) - 1
+    return "".join(value for kind, value in _parts(messages[before], before) if kind == "text") if before >= 0 else ""
+
+
 _READERS: dict[str, Callable[[str, bytes], MediaFacts]] = {
     "audio": audio_facts,
     "image": image_facts,

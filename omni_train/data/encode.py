@@ -230,18 +230,22 @@ def shift_labels(labels: np.ndarray) -> np.ndarray:
     return np.append(labels[1:], IGNORE_INDEX)
 
 
-def dummy_pack(geometry: MediaGeometry, ids: TokenIds) -> Pack:
-    """The smallest pack: two text tokens, no media, no label, no sample ids (which is what marks it). For ranks without
-    data, so that collectives still match."""
+def dummy_document(ids: TokenIds) -> Document:
+    """The smallest document: two text tokens, no media, no label."""
     tokens = np.full(2, ids.endoftext, dtype=np.int64)
-    document = Document(
+    return Document(
         sample_id="dummy",
         modality="text",
         input_ids=tokens,
         labels=np.full(2, IGNORE_INDEX, dtype=np.int64),
         position_ids=np.tile(np.arange(2), (3, 1)),
     )
-    return dataclasses.replace(collate([document], patch_dim=geometry.patch_dim), sample_ids=[])
+
+
+def dummy_pack(geometry: MediaGeometry, ids: TokenIds) -> Pack:
+    """The smallest pack: a dummy document, no sample ids (which is what marks it). For ranks without data, so that
+    collectives still match."""
+    return dataclasses.replace(collate([dummy_document(ids)], patch_dim=geometry.patch_dim), sample_ids=[])
 
 
 def _joined(arrays: list[np.ndarray], axis: int, empty: tuple[int, int]) -> torch.Tensor:

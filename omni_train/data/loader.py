@@ -114,7 +114,7 @@ class StepLoader:
                 f"use lanes >= {world} (fixed for a run)"
             )
         self.planner = planner
-        self._load_pack = load_pack
+        self.load_pack = load_pack
         self._make_dummy = make_dummy
         self._rank = rank
         self._world = world
@@ -131,7 +131,7 @@ class StepLoader:
         """
         if self._executor is None:
             plans = rank_packs(self.planner.next_step(), self._rank, self._world)
-            packs = [self._load_pack(plan) if plan else self._make_dummy() for plan in plans]
+            packs = [self.load_pack(plan) if plan else self._make_dummy() for plan in plans]
             self._state = self.planner.state_dict()
             return packs
         try:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from omni_train.config import ModelConfig, Objective, RunConfig, to_dict
+from omni_train.config import THINKER_OBJECTIVES, ModelConfig, RunConfig, to_dict
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.components import component_of
@@ -93,7 +93,7 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
         temporary = folder.with_name(f"tmp_{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        if config.stage.objective is Objective.next_token:
+        if config.stage.objective in THINKER_OBJECTIVES:
             write_thinker(state, config, tokenizer, temporary)
         else:
             write_encoder_decoder(state, config, temporary)

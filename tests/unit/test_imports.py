@@ -19,6 +19,7 @@ ORDER = (
     "reporting",
     "planning",
     "launching",
+    "post_training",
     "stage",
     "train",
     "corpus",
