@@ -105,6 +105,8 @@ def check_inputs(config: RunConfig) -> None:
 
 def check_init(config: RunConfig) -> None:
     """Raise ConfigError when a folder that the stage starts from is not there."""
+    if config.stage.distillation is not None and "teacher" not in config.init:
+        raise ConfigError(f"{config.stage.name} needs a teacher: +init.teacher=FOLDER of an exported Thinker")
     for component, folder in config.init.items():
         if not Path(folder).is_dir():
             raise ConfigError(f"init.{component}: folder '{folder}' does not exist; give a local transformers folder")

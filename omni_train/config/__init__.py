@@ -297,10 +297,6 @@ class RunConfig:
         for name in self.init:
             if name not in known:
                 raise ConfigError(f"init: no component is called '{name}'; {nearest(name, known)}")
-        if is_distilled and "teacher" not in self.init:
-            raise ConfigError(
-                "objective distillation needs a teacher: set init.teacher to the folder of an exported Thinker"
-            )
         rollout = self.stage.rollout
         if rollout is not None and self.data.packs_per_lane % rollout.updates_per_cycle:
             raise ConfigError(

@@ -105,11 +105,10 @@ def gspo_losses(
 
     Reports the ratio, the share of answers where clipping binds, the KL, and the pack's own statistics.
     """
-    sampled_K = pack.sampled_log_probabilities[pack.shift_labels != IGNORE_INDEX]
-    if len(sampled_K):
+    if pack.sample_ids:
         found = gspo_loss(
             -output["losses"],
-            sampled_K,
+            pack.sampled_log_probabilities[pack.shift_labels != IGNORE_INDEX],
             output["document"],
             pack.advantages,
             clip_low=clip_low,

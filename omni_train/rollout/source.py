@@ -117,18 +117,21 @@ class RolloutSource:
         self.waiting: list[Update] = []
 
     def next_step(self) -> list[Pack]:
-        """This rank's packs of the next optimizer step; a new cycle is sampled when none waits.
+        """This rank's packs of the next optimizer step; cycles are sampled until some rank has an answer to learn from.
 
         Raises OutOfData when the prompts end, ValueError when nothing could be learned for MAX_IDLE_CYCLES cycles.
         """
-        if not self.waiting:
-            self.waiting = self._sample_cycle()
-        update = self.waiting.pop(0)
-        packs = [pack for group in update.groups for pack in self._packs(group)]
+        passed: list[Update] = []
+        while not passed or not self.is_any(any(group.answers for group in passed[-1].groups)):
+            if not self.waiting:
+                self.waiting = self._sample_cycle()
+            passed.append(self.waiting.pop(0))
+        packs = [pack for group in passed[-1].groups for pack in self._packs(group)]
+        names = passed[-1].statistics
         for pack in packs:  # every pack reports the same names
-            pack.statistics = {name: torch.zeros(2, dtype=torch.float64) for name in update.statistics}
-        packs[0].statistics = update.statistics
-        packs[0].bad_samples = update.bad
+            pack.statistics = {name: torch.zeros(2, dtype=torch.float64) for name in names}
+        packs[0].statistics = {name: sum(update.statistics[name] for update in passed) for name in names}
+        packs[0].bad_samples = [bad for update in passed for bad in update.bad]
         return packs
 
     def state_dict(self) -> dict[str, Any]:
