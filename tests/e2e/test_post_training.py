@@ -1,4 +1,4 @@
-"""Post-training through the real command: two ranks that share experts, killed inside a cycle of rollouts; a teacher."""
+"""Post-training through the real command: two ranks that share experts, killed inside a cycle; a teacher."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def command(stage: str, run_dir: Path, *extra: str) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_gspo_killed_inside_a_cycle_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    values = (*GSPO, "stage.total_tokens=6000", "save_every_steps=1")
+    values = (*GSPO, "stage.total_tokens=2400", "save_every_steps=3")
     done = omni_train(*command("thinker_gspo", tmp_path / "straight" / "gspo", *values))
     assert done.returncode == 0, done.stdout + done.stderr
     straight = outcome(tmp_path / "straight" / "gspo")
     records = straight[0]
-    assert len(records) > 8 and any("reward" not in record for record in records[:-1]), "cycles of several steps"
+    assert len(records) > 6 and any("reward" not in record for record in records[:-1]), "cycles of several steps"
     assert any(abs(record["gspo/ratio"] - 1) > 1e-6 for record in records[:-1]), "later steps of a cycle are off policy"
     assert all(record["gspo/kl"] >= 0 for record in records[:-1])
     killed = tmp_path / "killed" / "gspo"
-    kill_command(command("thinker_gspo", killed, *values), killed, lambda: num_steps_logged(killed) >= 5)
+    kill_command(command("thinker_gspo", killed, *values), killed, lambda: num_steps_logged(killed) >= 4)
     newest = sorted((killed / "checkpoints").glob("step_*/COMMIT"))[-1].parent
     waiting = torch.load(newest / "rank_0.pt", weights_only=True)["rollouts"]["waiting"]
     print(f"\nkilled; {newest.name} has {len(waiting)} updates waiting")
