@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     what = "read every shard strictly and compare it with its index"
     check = actions.add_parser("check", help=what, description=what, epilog=CHECK_EPILOG, formatter_class=raw)
     for action in (index, check):
-        action.add_argument("folder", help="its *.tar files are the shards, those of folders below it too")
+        action.add_argument("folder", help="its *.tar, *.jsonl and *.parquet are the shards, also in folders below")
         action.add_argument("--layout", default="messages", help="messages (default), pairs or text")
         action.add_argument("--prompt", default="", help="pairs: what the user says after the medium (default nothing)")
         action.add_argument("--text-field", default="", help="the json field with the text (default KEY.txt if there)")
@@ -281,6 +281,7 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
         return 0
     from omni_train.data.index import check_shard, expand
     from omni_train.data.layouts import layout_id
+    from omni_train.data.rows import ROW_SUFFIXES
 
     layout = configuration.LayoutConfig(
         layout=options.layout,
@@ -288,7 +289,9 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
         text_field=options.text_field,
         use_audio_in_video=options.use_audio_in_video,
     )
-    shards = expand([f"{options.folder}/**/*.tar"])
+    folder = Path(options.folder)
+    suffixes = [suffix for suffix in (".tar", *ROW_SUFFIXES) if any(folder.rglob(f"*{suffix}"))] or [".tar"]
+    shards = expand([f"{folder}/**/*{suffix}" for suffix in suffixes])
     if options.action == "index":
         from omni_train.corpus import index_shards
 

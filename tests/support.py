@@ -15,6 +15,7 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import sys
 import tempfile
 import time
@@ -319,12 +320,19 @@ def teacher_folder() -> str:
     return folder.name
 
 
-def as_rollouts(pack: Pack, rng: np.random.Generator) -> Pack:
-    """The pack with what a pack of rollouts has: log-probabilities of its labels, an advantage for each document."""
-    has_label = pack.shift_labels != IGNORE_INDEX
-    logs = torch.from_numpy(-rng.uniform(4.0, 7.0, pack.num_tokens)).float()
-    pack.sampled_log_probabilities = torch.where(has_label, logs, torch.zeros_like(logs))
-    pack.advantages = torch.from_numpy(rng.standard_normal(len(pack.doc_modality))).float()
+def as_rollouts(pack: Pack) -> Pack:
+    """The pack with what a pack of rollouts has: log-probabilities of its labels, an advantage for each document.
+
+    A document's are its own, whatever pack it is in.
+    """
+    logs, advantages = [], []
+    for name, length in zip(pack.sample_ids, pack.cu_seqlens.diff().tolist(), strict=True):
+        rng = np.random.default_rng([int(number) for number in re.findall(r"\d+", name)])
+        advantages.append(rng.standard_normal())
+        logs.append(-rng.uniform(4.0, 7.0, length))
+    pack.sampled_log_probabilities = torch.from_numpy(np.concatenate(logs)).float()
+    pack.sampled_log_probabilities[pack.shift_labels == IGNORE_INDEX] = 0.0
+    pack.advantages = torch.tensor(advantages).float()
     return pack
 
 
@@ -409,13 +417,13 @@ def packs_of_rank(case: Case, config: RunConfig, ids: TokenIds, step: int, rank:
     found = documents(case, config, ids, step)
     groups = [found[n : n + case.documents_per_pack] for n in range(0, len(found), case.documents_per_pack)]
     packs = []
-    for number, group in list(enumerate(groups))[rank :: case.world]:
+    for group in groups[rank :: case.world]:
         present = [item for item in group if item is not None]
         packs.append(
             encode.collate(present, patch_dim=geometry.patch_dim) if present else encode.dummy_pack(geometry, ids)
         )
         if case.objective == "gspo" and present:
-            packs[-1] = as_rollouts(packs[-1], np.random.default_rng([step, number]))
+            packs[-1] = as_rollouts(packs[-1])
     return packs
 
 

@@ -45,6 +45,7 @@ class LossOn(Enum):
     """Which tokens of a conversation carry loss; plain text always carries loss everywhere."""
 
     assistant = "assistant"
+    last_turn = "last_turn"  # the replies to the last question: for reasoning, which earlier replies are without
     all_text = "all_text"
 
 

@@ -83,7 +83,8 @@ class Encoder:
                 raise ValueError("it has no assistant message to compare with")
             reply = messages[replies[-1]]["content"]
             if not isinstance(reply, str):
-                reply = "".join(part["text"] for part in reply if part["type"] == "text")
+                reply = "".join(part["text"] for part in reply or [] if part["type"] == "text")
+            reply = reply.rpartition("</think>")[2].lstrip("\n")  # what is compared is what was said, not thought
             content = {**sample.content, "messages": messages[: replies[-1]]}
             if not content["messages"]:
                 raise ValueError("nothing stands before its assistant message")

@@ -31,7 +31,8 @@ from omni_train.data.index import ShardIndex
 from omni_train.data.layouts import read_content
 from omni_train.data.mixture import OutOfData
 from omni_train.data.planner import Planner
-from omni_train.data.shard import SampleError, read_range, read_sample
+from omni_train.data.rows import read_members
+from omni_train.data.shard import SampleError
 
 LoadPack = Callable[[PackPlan], Pack]
 
@@ -73,8 +74,7 @@ class PackReader:
         """
         path, keys, offsets, sizes = self._shards[document.source][document.shard]
         key, offset = keys[document.index], int(offsets[document.index])
-        data = read_range(path, offset, int(sizes[document.index]))
-        members = read_sample(data, key=key, shard=path, offset=offset)
+        members = read_members(path, offset, int(sizes[document.index]), key)
         try:
             content = read_content(members, self._layouts[document.source])
         except ValueError as error:
