@@ -37,14 +37,20 @@ class LanguageModel(nn.Module):
     def merge(self, input_ids: Tensor, media: MediaEmbeds | None) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
         """(embeddings [T, H], mask of visual positions [T], DeepStack features in order of those positions).
 
-        Raises ValueError when placeholders and features differ in number (stock ignores this for audio).
+        Raises ValueError when placeholders and features differ in number (stock ignores this for audio), and for media
+        in a stage without towers.
         """
         embeds = self.model.embed_tokens(input_ids)
-        if media is None:
-            return embeds, None, None
         is_audio = input_ids == self.audio_token_id
         is_image, is_video = input_ids == self.image_token_id, input_ids == self.video_token_id
         is_visual = is_image | is_video
+        if media is None:
+            if bool((is_audio | is_visual).any()):
+                raise ValueError(
+                    "a pack has media, but this stage builds the llm alone; list a tower's component in stage.components "
+                    "(at a low rate), or leave media out of the mixture"
+                )
+            return embeds, None, None
         if int(is_audio.sum()) != len(media.audio) or int(is_visual.sum()) != len(media.visual):
             raise ValueError(
                 f"a pack has {int(is_audio.sum())} audio and {int(is_visual.sum())} visual placeholders "
