@@ -156,7 +156,7 @@ def distillation_objective(
             hidden = teacher(pack, _states)["hidden"]
         states = TeacherStates(hidden, teacher.llm.lm_head.weight)
         output = engine(pack, divergence_from(states, settings.beta, settings.temperature))
-        return distillation_losses(output, name, fractions, config.stage.router_aux_coef)
+        return distillation_losses(output, pack, name, fractions, config.stage.router_aux_coef)
 
     return losses
 

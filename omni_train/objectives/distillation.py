@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni_train.data.contracts import Pack
 from omni_train.models import head
 from omni_train.models.head import Scores
 from omni_train.objectives.next_token import by_modality, router_term
@@ -141,15 +142,17 @@ def divergence_from(teacher: TeacherStates, beta: float, temperature: float) -> 
 
 
 def distillation_losses(
-    output: dict[str, Tensor], engine: str, router_fractions: Tensor | None, router_aux_coef: float
+    output: dict[str, Tensor], pack: Pack, engine: str, router_fractions: Tensor | None, router_aux_coef: float
 ) -> Losses:
-    """Loss terms of a student's output whose head was ``divergence_from`` a teacher.
+    """Loss terms of a student's output on a pack, its head being ``divergence_from`` a teacher.
 
-    Reports the divergence by modality, and ``loss/next_token``, the student's cross-entropy on the same tokens.
+    Reports the divergence by modality, ``loss/next_token``, the student's cross-entropy on the same tokens, and the
+    statistics of a pack of rollouts.
     """
     terms = [LossTerm(engine, "distillation", output["divergences"].sum(), "labels")]
     terms += router_term(output, engine, router_fractions, router_aux_coef)
     losses = output["losses"].double()
     reported = by_modality(output["divergences"], output["modality"])
     reported["loss/next_token"] = torch.stack([losses.sum(), torch.ones_like(losses).sum()])
+    reported |= {name: pair.to(losses.device) for name, pair in pack.statistics.items()}
     return Losses(terms, reported, output.get("router_counts"))
