@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
         if media is None:
             if bool((is_audio | is_visual).any()):
                 raise ValueError(
-                    "a pack has media, but this stage builds the llm alone; list a tower's component in stage.components "
+                    "a pack has media, but this stage builds the llm alone; list a component of the towers beside it "
                     "(at a low rate), or leave media out of the mixture"
                 )
             return embeds, None, None
