@@ -323,6 +323,7 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
         return 0
     from omni_train.data.index import check_shard, expand
     from omni_train.data.layouts import layout_id
+    from omni_train.data.rows import ROW_SUFFIXES
 
     layout = configuration.LayoutConfig(
         layout=options.layout,
@@ -332,7 +333,9 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
     )
     if options.action == "codes":
         return write_codes(options, layout)
-    shards = expand([f"{options.folder}/**/*.tar"])
+    folder = Path(options.folder)
+    suffixes = [suffix for suffix in (".tar", *ROW_SUFFIXES) if any(folder.rglob(f"*{suffix}"))] or [".tar"]
+    shards = expand([f"{folder}/**/*{suffix}" for suffix in suffixes])
     if options.action == "index":
         from omni_train.corpus import index_shards
 

@@ -105,6 +105,8 @@ def check_inputs(config: RunConfig) -> None:
 
 def check_init(config: RunConfig) -> None:
     """Raise ConfigError when a folder that the stage starts from is not there, or one to learn from is not named."""
+    if config.stage.distillation is not None and "teacher" not in config.init:
+        raise ConfigError(f"{config.stage.name} needs a teacher: +init.teacher=FOLDER of an exported Thinker")
     teachers = {Objective.code2wav: "codec_encoder"}
     if config.stage.reconstruction.semantic > 0:
         teachers[Objective.codec] = "audio_encoder"

@@ -160,7 +160,7 @@ class Trainer:
         self.position.step += 1
         self.position.tokens += divisors["tokens"]
         metrics: dict[str, Any] = sums.means(divisors)
-        if self.fractions is not None:
+        if self.fractions is not None and sums.router_counts.sum() > 0:
             self.fractions = (sums.router_counts / sums.router_counts.sum(-1, keepdim=True).clamp(min=1)).float()
             metrics |= expert_health(sums.router_counts)
         for engine_name, engine in self.stage.engines.items():

@@ -15,6 +15,7 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import sys
 import tempfile
 import time
@@ -58,6 +59,12 @@ from omni_train.config import (  # noqa: E402
     TextModelConfig,
     VisionModelConfig,
 )
+from omni_train.config.post_training import (  # noqa: E402
+    DistillationConfig,
+    GspoConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from omni_train.data import encode  # noqa: E402
 from omni_train.data.contracts import IGNORE_INDEX, NO_CODE, Document, Pack, Speech  # noqa: E402
 from omni_train.data.media_tokens import audio_num_tokens  # noqa: E402
@@ -72,6 +79,7 @@ from omni_train.engine.parallel import Ranks  # noqa: E402
 from omni_train.launching.local import free_port  # noqa: E402
 from omni_train.models import thinker, towers  # noqa: E402
 from omni_train.models.attention import Segments  # noqa: E402
+from omni_train.models.build import build_thinker, thinker_config  # noqa: E402
 from omni_train.stage import build_stage  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------- ranks
@@ -290,6 +298,8 @@ class Case:
     num_experts: int = 4
     ctc_weight: float = 0.0
     norm_topk_prob: bool = True  # the Talker's
+    beta: float = 0.0
+    kl_weight: float = 0.0
     # How.
     world: int = 1
     documents_per_pack: int = 1
@@ -319,6 +329,7 @@ def run_config(case: Case) -> RunConfig:
             ctc_weight=case.ctc_weight,
             schedule=Schedule.constant,
             grad_clip=1.0,
+            **post_training(case),
         ),
         model=micro_model(case.num_experts, case.norm_topk_prob),
         mixture={},
@@ -330,8 +341,54 @@ def run_config(case: Case) -> RunConfig:
             recompute=case.recompute,
         ),
         corpus=CorpusConfig(root="unused", vocab_size=320),
+        init={"teacher": teacher_folder()} if case.objective == "distillation" else {},
         run_dir="unused",
     )
+
+
+def post_training(case: Case) -> dict[str, Any]:
+    """Settings of a stage that learns from answers, wide enough that clipping does not stop every gradient."""
+    if case.objective == "distillation":
+        return {"distillation": DistillationConfig(beta=case.beta, temperature=0.8)}
+    if case.objective == "gspo":
+        rewards = {"right": RewardConfig(rule="exact")}
+        gspo = GspoConfig(rewards=rewards, clip_low=0.9, clip_high=20.0, kl_weight=case.kl_weight)
+        rollout = RolloutConfig(max_prompt_tokens=100, max_new_tokens=24, group_size=2, temperature=0.9)
+        return {"gspo": gspo, "rollout": rollout}
+    return {}
+
+
+@functools.cache
+def teacher_folder() -> str:
+    """An exported Thinker of another width and number of experts, away from its initial weights, to distil from."""
+    folder = tempfile.TemporaryDirectory(prefix="omni-train-teacher-")
+    _KEEP.append(folder)
+    model = micro_model(num_experts=8)
+    model.text.hidden_size, model.text.num_experts = 48, 8
+    tokenizer = load_tokenizer(tokenizer_folder())
+    teacher = build_thinker(thinker_config(model, tokenizer), seed=5)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        torch.nn.init.normal_(teacher.lm_head.weight, std=0.3)
+    teacher.save_pretrained(folder.name)
+    tokenizer.save_pretrained(folder.name)
+    return folder.name
+
+
+def as_rollouts(pack: Pack) -> Pack:
+    """The pack with what a pack of rollouts has: log-probabilities of its labels, an advantage for each document.
+
+    A document's are its own, whatever pack it is in.
+    """
+    logs, advantages = [], []
+    for name, length in zip(pack.sample_ids, pack.cu_seqlens.diff().tolist(), strict=True):
+        rng = np.random.default_rng([int(number) for number in re.findall(r"\d+", name)])
+        advantages.append(rng.standard_normal())
+        logs.append(-rng.uniform(4.0, 7.0, length))
+    pack.sampled_log_probabilities = torch.from_numpy(np.concatenate(logs)).float()
+    pack.sampled_log_probabilities[pack.shift_labels == IGNORE_INDEX] = 0.0
+    pack.advantages = torch.tensor(advantages).float()
+    return pack
 
 
 def document(kind: str, config: RunConfig, ids: TokenIds, rng: np.random.Generator, name: str) -> Document:
@@ -446,6 +503,8 @@ def packs_of_rank(case: Case, config: RunConfig, ids: TokenIds, step: int, rank:
             if present
             else encode.dummy_pack(geometry, ids, speech_format(config, load_tokenizer(config.data.tokenizer)))
         )
+        if case.objective == "gspo" and present:
+            packs[-1] = as_rollouts(packs[-1])
     return packs
 
 
@@ -473,15 +532,15 @@ Trajectory = dict[str, np.ndarray]
 """Metrics of Trainer.step by name, one value a step."""
 
 
-def run_case(ranks: Ranks, case: Case, folder: str) -> Trajectory:
+def run_case(ranks: Ranks, case: Case, folder: str, teacher: str = "") -> Trajectory:
     """The trajectory of a case; called on every rank."""
-    config = run_config_in(case, folder)
+    config = run_config_in(case, folder, teacher)
     ids = token_ids(load_tokenizer(folder))
     with contextlib.ExitStack() as stack:
         if case.mutation:
             stack.enter_context(MUTATIONS[case.mutation]())
         if case.shards_all:
-            stack.enter_context(_shard_all())
+            stack.enter_context(shard_all())
         micro_batches = len(packs_of_rank(case, config, ids, 0, ranks.rank))
         trainer = make_trainer(config, ranks, micro_batches)
         if case.mutation == "world_factor":
@@ -492,7 +551,8 @@ def run_case(ranks: Ranks, case: Case, folder: str) -> Trajectory:
 
 
 @contextlib.contextmanager
-def _shard_all() -> Iterator[None]:
+def shard_all() -> Iterator[None]:
+    """ZeRO-3 shards every parameter, also small ones."""
     real = engine_module.deepspeed_config
 
     def sharding(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -504,16 +564,20 @@ def _shard_all() -> Iterator[None]:
         yield
 
 
-def run_config_in(case: Case, folder: str) -> RunConfig:
-    """The configuration of a case on a rank, which must not train a tokenizer of its own."""
-    with mock.patch(f"{__name__}.tokenizer_folder", lambda: folder):
+def run_config_in(case: Case, folder: str, teacher: str = "") -> RunConfig:
+    """The configuration of a case on a rank, which must not make a tokenizer or a teacher of its own."""
+    with (
+        mock.patch(f"{__name__}.tokenizer_folder", lambda: folder),
+        mock.patch(f"{__name__}.teacher_folder", lambda: teacher),
+    ):
         return run_config(case)
 
 
 @functools.cache
 def trajectory(case: Case) -> Trajectory:
     """The trajectory of a case, run once a session; all ranks must report the same (unless the code is broken)."""
-    results = run_ranks(case.world, run_case, case, tokenizer_folder())
+    teacher = teacher_folder() if case.objective == "distillation" else ""
+    results = run_ranks(case.world, run_case, case, tokenizer_folder(), teacher)
     for other in results[1:] if not case.mutation else []:
         for name, values in other.items():
             assert np.allclose(values, results[0][name], rtol=1e-6), f"ranks report different {name}"

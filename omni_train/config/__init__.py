@@ -24,49 +24,21 @@ from omni_train.config.model import TextModelConfig as TextModelConfig
 from omni_train.config.model import VisionModelConfig as VisionModelConfig
 from omni_train.config.model import WaveHead as WaveHead
 from omni_train.config.reconstruction import ReconstructionConfig as ReconstructionConfig
+from omni_train.config.stage import COMPONENTS as COMPONENTS
+from omni_train.config.stage import THINKER_COMPONENTS as THINKER_COMPONENTS
+from omni_train.config.stage import THINKER_OBJECTIVES as THINKER_OBJECTIVES
+from omni_train.config.stage import TRAINABLE as TRAINABLE
+from omni_train.config.stage import ComponentConfig as ComponentConfig
+from omni_train.config.stage import LossOn as LossOn
+from omni_train.config.stage import Objective as Objective
+from omni_train.config.stage import Schedule as Schedule
+from omni_train.config.stage import StageConfig as StageConfig
 from omni_train.config.talker import CodecTokens as CodecTokens
 from omni_train.config.talker import MtpConfig as MtpConfig
 from omni_train.config.talker import TalkerDecoderConfig as TalkerDecoderConfig
 from omni_train.config.talker import TalkerModelConfig as TalkerModelConfig
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-
-COMPONENTS = (
-    "llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter",
-    "talker", "mtp", "code2wav", "codec_encoder", "aut_decoder", "vision_decoder", "codec_decoder", "discriminator",
-)  # fmt: skip
-"""Names of the parameter groups, used in configuration, logs and errors."""
-
-
-class Objective(Enum):
-    """What a stage optimises, and with it which modules it builds."""
-
-    next_token = "next_token"  # the Thinker: text positions of packed documents
-    transcription = "transcription"  # AuT: audio encoder + decoder, sequence to sequence
-    captioning = "captioning"  # vision encoder + a throw-away decoder, sequence to sequence
-    codec = "codec"  # speech codec: encoder, residual quantiser, a throw-away mel decoder
-    code2wav = "code2wav"  # Code2Wav on the codes of a frozen codec, with or without adversaries
-    talker = "talker"  # Talker and MTP beside a frozen Thinker: the codes of a reply
-    talker_dpo = "talker_dpo"  # the same on pairs of replies, against a frozen copy of themselves
-
-
-class LossOn(Enum):
-    """Which tokens of a conversation carry loss; plain text always carries loss everywhere."""
-
-    assistant = "assistant"
-    all_text = "all_text"
-
-
-TRAINABLE = {
-    Objective.next_token: ("llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"),
-    Objective.transcription: ("audio_encoder", "aut_decoder"),
-    Objective.captioning: ("vision_encoder", "vision_decoder"),
-    Objective.codec: ("codec_encoder", "codec_decoder"),
-    Objective.code2wav: ("code2wav", "discriminator"),
-    Objective.talker: ("talker", "mtp"),
-    Objective.talker_dpo: ("talker", "mtp"),
-}
-"""Components that an objective's gradient reaches; a stage may train these and no others."""
 
 
 class Precision(Enum):
@@ -81,81 +53,6 @@ class Control(Enum):
     sound_swapped = "sound_swapped"  # the sound alone, of a video or beside a picture, is another item's
     frames_shuffled = "frames_shuffled"  # a video's frames in random order
     frames_frozen = "frames_frozen"  # a video's first frame in place of all
-
-
-class Schedule(Enum):
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-@dataclass(kw_only=True, slots=True)
-class ComponentConfig:
-    """How one component trains in a stage."""
-
-    lr: float
-    weight_decay: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"stage.components.*.lr ({self.lr}) must be positive; to freeze a component leave it out")
-
-
-@dataclass(kw_only=True, slots=True)
-class StageConfig:
-    """What a stage trains, with which objective, for how long. What is not in ``components`` is frozen."""
-
-    name: str
-    objective: Objective
-    components: dict[str, ComponentConfig]
-    context: int  # tokens a pack
-    total_tokens: float  # budget of this stage
-    loss_on: LossOn = LossOn.assistant
-    router_aux_coef: float = 0.001
-    schedule: Schedule = Schedule.cosine
-    warmup_tokens: float = 0.0
-    min_lr_ratio: float = 0.1
-    grad_clip: float = 1.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    audio_window_sec: list[int] = field(default_factory=lambda: [8, 8])  # least and most, drawn per clip
-    ctc_weight: float = 0.0  # transcription only: an auxiliary CTC loss on the encoder breaks the early plateau
-    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)  # codec and code2wav only
-    code_noise: float = 0.0  # talker only: share of the codes read that are random; the key to unseen combinations
-    dpo_beta: float = 0.1  # talker_dpo only: how far from the reference a preference may lead
-    yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
-
-    def __post_init__(self) -> None:
-        if not self.components:
-            raise ConfigError("stage.components is empty: a stage must train something")
-        for name in self.components:
-            if name not in COMPONENTS:
-                raise ConfigError(f"stage.components: no component is called '{name}'; {nearest(name, COMPONENTS)}")
-            if name not in TRAINABLE[self.objective]:
-                raise ConfigError(
-                    f"stage.components.{name}: stage {self.name} does not train '{name}' with objective "
-                    f"{self.objective.name}; its components: {', '.join(TRAINABLE[self.objective])}"
-                )
-        if not (len(self.audio_window_sec) == 2 and 1 <= self.audio_window_sec[0] <= self.audio_window_sec[1] <= 8):
-            raise ConfigError(
-                f"stage.audio_window_sec {self.audio_window_sec} must be [least, most] within 1 and 8 seconds"
-            )
-        if self.total_tokens <= 0 or self.context <= 0:
-            raise ConfigError(
-                f"stage.total_tokens ({self.total_tokens}) and stage.context ({self.context}) must be positive"
-            )
-        if self.ctc_weight and self.objective is not Objective.transcription:
-            raise ConfigError(
-                f"stage.ctc_weight ({self.ctc_weight}) has no effect on {self.objective.name}; leave it out"
-            )
-        self.reconstruction.check(self.objective.name, self.components)
-        if not 0 <= self.code_noise < 1 or (self.code_noise and self.objective is not Objective.talker):
-            raise ConfigError(
-                f"stage.code_noise ({self.code_noise}) must lie in 0 … 1, and be 0 for another objective than talker"
-            )
-        if self.dpo_beta <= 0:
-            raise ConfigError(f"stage.dpo_beta ({self.dpo_beta}) must be positive")
-        if self.yarn_factor < 1:
-            raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
 
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -320,9 +217,17 @@ class RunConfig:
                 f"engine.zero_stage ({self.engine.zero_stage}) and engine.precision ({self.engine.precision.name}): "
                 f"{self.stage.objective.name} needs whole fp32 weights; try engine.zero_stage=2 engine.precision=fp32"
             )
+        is_distilled = self.stage.objective is Objective.distillation
+        known = (*COMPONENTS, "all", *(["teacher"] if is_distilled else []))
         for name in self.init:
-            if name != "all" and name not in COMPONENTS:
-                raise ConfigError(f"init: no component is called '{name}'; {nearest(name, (*COMPONENTS, 'all'))}")
+            if name not in known:
+                raise ConfigError(f"init: no component is called '{name}'; {nearest(name, known)}")
+        rollout = self.stage.rollout
+        if rollout is not None and self.data.packs_per_lane % rollout.updates_per_cycle:
+            raise ConfigError(
+                f"stage.rollout.updates_per_cycle ({rollout.updates_per_cycle}) must divide data.packs_per_lane "
+                f"({self.data.packs_per_lane}), the prompts of a lane in a cycle"
+            )
 
 
 def available(group: str = "") -> list[str]:
@@ -404,7 +309,7 @@ def key_paths(schema: type, prefix: str = "") -> list[str]:
         inner = get_args(kind)[1] if get_origin(kind) is dict else kind
         inner = next((part for part in get_args(inner) if is_dataclass(part)), inner)  # of "X | None"
         if isinstance(inner, type) and is_dataclass(inner):
-            paths += key_paths(inner, f"{prefix}{name}." + ("*." if inner is not kind else ""))
+            paths += key_paths(inner, f"{prefix}{name}." + ("*." if get_origin(kind) is dict else ""))
     return paths
 
 

@@ -10,6 +10,7 @@ and the tokens of all pieces joined are the tokens of that text: pieces are cut 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from omni_train.data.tokenizer import (
     IM_START,
     IMAGE_PAD,
     STRUCTURE_TOKENS,
+    TOOLS_END,
+    TOOLS_HEAD,
     VIDEO_PAD,
     VISION_END,
     VISION_START,
@@ -44,7 +47,7 @@ from omni_train.data.video import video_facts
 
 ROLES = ("system", "user", "assistant", "tool")
 PART_TYPES = ("text", "image", "audio", "video")
-LOSS_ON = ("assistant", "all_text")
+LOSS_ON = ("assistant", "last_turn", "all_text")
 ASSISTANT_PROMPT = f"{IM_START}assistant\n"
 
 _MEDIA_TEXT = {
@@ -73,9 +76,11 @@ def render(content: dict[str, Any], loss_on: str = "assistant", add_generation_p
     """The pieces of a sample's text, in order.
 
     ``messages`` become ChatML turns; plain ``text`` gets ``<|endoftext|>`` and carries loss everywhere. ``loss_on``
-    "assistant": assistant text and its ``<|im_end|>``; "all_text": everything but media. Line breaks at the start of
-    a reply are joined to the turn's head by the tokenizer and carry no loss of a reply. Raises ValueError for a
-    content that breaks the contract.
+    "assistant": assistant text and its ``<|im_end|>``; "last_turn": that of the replies to the last question only;
+    "all_text": everything but media. As in Qwen3's template, the reasoning of a reply (``reasoning_content``, or what
+    stands in ``<think>``) is kept after the last question and left out before it; ``tools`` and ``tool_calls`` are
+    written out. Line breaks at the start of a reply are joined to the turn's head by the tokenizer and carry no loss of
+    a reply. Raises ValueError for a content that breaks the contract.
     """
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on is {loss_on!r}; {_choices(loss_on, LOSS_ON)}")
@@ -91,7 +96,17 @@ def render(content: dict[str, Any], loss_on: str = "assistant", add_generation_p
     if not isinstance(messages, list) or not messages:
         raise ValueError("'messages' must be a list of at least one message")
     roles = [_role(message, number) for number, message in enumerate(messages)]
-    for number, (role, message) in enumerate(zip(roles, messages, strict=True)):
+    last_question = _last_question(roles, messages)
+    first = 0
+    if content.get("tools"):
+        first = int(roles[0] == "system")
+        builder.text(f"{IM_START}system\n")
+        if first:
+            builder.parts(_parts(messages[0], 0), has_loss=False)
+            builder.text("\n\n")
+        builder.text(_tools_text(content["tools"]) + f"{IM_END}\n")
+    for number in range(first, len(messages)):
+        role, message = roles[number], messages[number]
         if role == "tool":
             is_first = number == 0 or roles[number - 1] != "tool"
             is_last = number == len(roles) - 1 or roles[number + 1] != "tool"
@@ -99,14 +114,70 @@ def render(content: dict[str, Any], loss_on: str = "assistant", add_generation_p
             builder.parts(_parts(message, number), has_loss=False)
             builder.text("\n</tool_response>" + (f"{IM_END}\n" if is_last else ""))
         else:
+            is_last = number > last_question
             is_reply = role == "assistant"
+            has_loss = is_reply and (is_last or loss_on != "last_turn")
             builder.text(f"{IM_START}{role}\n")
-            builder.parts(_parts(message, number), has_loss=is_reply)
-            builder.text(IM_END, has_loss=is_reply)
+            builder.parts(_reply(message, number, is_last) if is_reply else _parts(message, number), has_loss)
+            builder.text(IM_END, has_loss)
             builder.text("\n")
     if add_generation_prompt:
         builder.text(ASSISTANT_PROMPT)
     return builder.pieces
+
+
+def _last_question(roles: Sequence[str], messages: Sequence[dict[str, Any]]) -> int:
+    """Number of the last message of a user that is no tool's answer; the last message's where there is none."""
+    for number in reversed(range(len(messages))):
+        if roles[number] == "user":
+            parts = _parts(messages[number], number)
+            text = parts[0][1] if len(parts) == 1 and parts[0][0] == "text" else ""
+            if not (text.startswith("<tool_response>") and text.endswith("</tool_response>")):
+                return number
+    return len(messages) - 1
+
+
+def _tools_text(tools: Any) -> str:
+    """The functions that a model may call, as Qwen3's template describes them."""
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("'tools' must be a list of objects")
+    listed = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
+    return _checked_text(TOOLS_HEAD + listed + TOOLS_END, "'tools'")
+
+
+def _reply(message: dict[str, Any], number: int, keeps_reasoning: bool) -> list[tuple[str, str]]:
+    """The parts of an assistant's message: reasoning if it is kept, what is said, calls of tools."""
+    parts = _parts(message, number)
+    is_text = all(kind == "text" for kind, _ in parts)
+    text = "".join(value for _, value in parts) if is_text else ""
+    reasoning = message.get("reasoning_content")
+    if reasoning is not None:
+        reasoning = _checked_text(reasoning, f"message {number}: reasoning_content")
+    elif "</think>" in text:
+        reasoning = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+        parts = [("text", text.split("</think>")[-1].lstrip("\n"))]
+    calls = _calls_text(message.get("tool_calls"), number, any(kind != "text" or value for kind, value in parts))
+    if reasoning and keeps_reasoning:
+        first = parts[0][1].lstrip("\n") if parts and parts[0][0] == "text" else ""
+        rest = parts[1:] if parts and parts[0][0] == "text" else parts
+        parts = [("text", "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + first), *rest]
+    if calls and parts and parts[-1][0] == "text":
+        return [*parts[:-1], ("text", parts[-1][1] + calls)]
+    return [*parts, ("text", calls)] if calls else parts
+
+
+def _calls_text(calls: Any, number: int, is_said: bool) -> str:
+    """The calls of tools, as they stand after what is said."""
+    text = ""
+    for n, call in enumerate(calls or []):
+        function = call.get("function") or call if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"message {number}: tool_calls must be objects with 'name' and 'arguments'")
+        arguments = function.get("arguments")
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        text += "\n" if n or is_said else ""
+        text += f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>'
+    return _checked_text(text, f"message {number}: tool_calls")
 
 
 class _Builder:
@@ -154,6 +225,8 @@ def _role(message: Any, number: int) -> str:
 def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
     """(kind, text or member name) of each part of a message, neighbouring texts joined."""
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return []
     if isinstance(content, str):
         return [("text", _checked_text(content, f"message {number}"))]
     if not isinstance(content, list):
@@ -232,6 +305,14 @@ def modality_of(content: dict[str, Any]) -> str:
     messages = content.get("messages", ())
     found = {kind for number, message in enumerate(messages) for kind, _ in _parts(message, number)}
     return next((kind for kind in ("video_audio", "video", "image", "audio") if kind in found), "text")
+
+
+def question_of(content: dict[str, Any]) -> str:
+    """The text of the last message before the last reply, without its media; "" where nothing stands before it."""
+    messages = content.get("messages", [])
+    replies = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    before = replies[-1] - 1 if replies else len(messages) - 1
+    return "".join(value for kind, value in _parts(messages[before], before) if kind == "text") if before >= 0 else ""
 
 
 _READERS: dict[str, Callable[[str, bytes], MediaFacts]] = {

@@ -214,6 +214,23 @@ class SpeechPack:
 
 
 @dataclass(slots=True)
+class Prompt:
+    """What is to be answered: all of a conversation before its last reply, as a document without labels.
+
+    ``reference`` is that reply; ``question`` the last message before it, as text. ``plan`` says where the sample is,
+    None for a dummy, which is answered like any other (collectives match) and then dropped. ``bad``: the sample, if it
+    could not be decoded; the document is a dummy's then.
+    """
+
+    document: Document
+    reference: str = ""
+    question: str = ""
+    plan: DocumentPlan | None = None
+    place: tuple[str, str, int] = ("", "", 0)  # shard, key, byte offset
+    bad: list[BadSample] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Pack:
     """One training sequence of T tokens holding D whole documents, as tensors.
 
@@ -227,6 +244,9 @@ class Pack:
     with ``wave_lengths`` int64 [clips]. Empty tensors (0 rows), never None, where a pack has none. ``sample_ids``
     names its documents; it is empty for a dummy, which counts for nothing. ``bad_samples``: those of its plan that
     could not be decoded and were left out. ``speech``: the sequences of a Talker's stage, None in others.
+
+    Rollouts only: ``sampled_log_probabilities`` float32 [T], in nats, of the token that shift_labels names when it was
+    sampled; ``advantages`` float32 [D]; ``statistics``, metrics by name, each float64 [2], sum and count.
     """
 
     input_ids: torch.Tensor
@@ -246,6 +266,9 @@ class Pack:
     sample_ids: list[str]
     bad_samples: list[BadSample] = field(default_factory=list)
     speech: SpeechPack | None = None
+    sampled_log_probabilities: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

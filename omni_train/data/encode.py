@@ -122,7 +122,8 @@ class Encoder:
                 raise ValueError("it has no assistant message to compare with")
             reply = messages[replies[-1]]["content"]
             if not isinstance(reply, str):
-                reply = "".join(part["text"] for part in reply if part["type"] == "text")
+                reply = "".join(part["text"] for part in reply or [] if part["type"] == "text")
+            reply = reply.rpartition("</think>")[2].lstrip("\n")  # what is compared is what was said, not thought
             content = {**sample.content, "messages": messages[: replies[-1]]}
             if not content["messages"]:
                 raise ValueError("nothing stands before its assistant message")
@@ -323,19 +324,24 @@ def shift_labels(labels: np.ndarray) -> np.ndarray:
     return np.append(labels[1:], IGNORE_INDEX)
 
 
-def dummy_pack(geometry: MediaGeometry, ids: TokenIds, speech: SpeechFormat | None = None) -> Pack:
-    """The smallest pack: two text tokens, no media, no label, no sample ids (which is what marks it). For ranks without
-    data, so that collectives still match. In a Talker's stage it has one frame for each target."""
+def dummy_document(ids: TokenIds) -> Document:
+    """The smallest document: two text tokens, no media, no label."""
     tokens = np.full(2, ids.endoftext, dtype=np.int64)
-    document = Document(
+    return Document(
         sample_id="dummy",
         modality="text",
         input_ids=tokens,
         labels=np.full(2, IGNORE_INDEX, dtype=np.int64),
         position_ids=np.tile(np.arange(2), (3, 1)),
     )
+
+
+def dummy_pack(geometry: MediaGeometry, ids: TokenIds, speech: SpeechFormat | None = None) -> Pack:
+    """The smallest pack: a dummy document, no sample ids (which is what marks it). For ranks without data, so that
+    collectives still match. In a Talker's stage it has one frame for each target."""
+    document = dummy_document(ids)
     if speech is not None:
-        frame = np.zeros((speech.talker.num_code_groups, 1), dtype=np.int64)
+        frame, tokens = np.zeros((speech.talker.num_code_groups, 1), dtype=np.int64), document.input_ids
         silence = Speech(tokens, np.array([NO_CODE]), document.position_ids, np.empty(0, np.int64), frame, frame, -100)
         document.speeches = [silence] * len(speech.members)
     return dataclasses.replace(collate([document], patch_dim=geometry.patch_dim), sample_ids=[])

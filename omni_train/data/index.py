@@ -24,9 +24,10 @@ from typing import Any
 
 from omni_train.data.bad_samples import LIST_THEM, check_budget, is_share, num_allowed
 from omni_train.data.contracts import BadSample, MediaFacts, SampleFacts
-from omni_train.data.shard import DataError, SampleScan, is_url, shard_size
+from omni_train.data.rows import scan_samples
+from omni_train.data.shard import DataError, is_url, shard_size
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_FORMAT = "omni-train shard index"
 
 Describe = Callable[[str, dict[str, bytes]], tuple[int, list[MediaFacts]]]
@@ -65,7 +66,7 @@ def build_index(shard: str | Path, describe: Describe, fingerprint: str) -> Shar
 
     A key or extension that comes twice, and a ValueError of ``describe``, make a sample bad.
     """
-    scan, samples, bad = SampleScan(shard), [], []
+    scan, samples, bad = scan_samples(shard), [], []
     for sample in scan:
         try:
             if sample.error:
@@ -174,7 +175,7 @@ def _collect(
 
 def check_shard(shard: str | Path, layout: str = "") -> ShardIndex:
     """The shard's index, after a strict pass over the shard that agrees with it. Raises DataError otherwise."""
-    index, scan = load_index(shard, layout=layout), SampleScan(shard)
+    index, scan = load_index(shard, layout=layout), scan_samples(shard)
     known: list[SampleFacts | BadSample] = [*index.samples, *index.bad]
     known.sort(key=lambda sample: sample.offset)
     count = 0

@@ -31,7 +31,8 @@ from omni_train.data.index import ShardIndex
 from omni_train.data.layouts import read_content
 from omni_train.data.mixture import OutOfData
 from omni_train.data.planner import Planner
-from omni_train.data.shard import SampleError, read_range, read_sample
+from omni_train.data.rows import read_members
+from omni_train.data.shard import SampleError
 
 LoadPack = Callable[[PackPlan], Pack]
 
@@ -73,8 +74,7 @@ class PackReader:
         """
         path, keys, offsets, sizes = self._shards[document.source][document.shard]
         key, offset = keys[document.index], int(offsets[document.index])
-        data = read_range(path, offset, int(sizes[document.index]))
-        members = read_sample(data, key=key, shard=path, offset=offset)
+        members = read_members(path, offset, int(sizes[document.index]), key)
         try:
             content = read_content(members, self._layouts[document.source])
         except ValueError as error:
@@ -114,7 +114,7 @@ class StepLoader:
                 f"use lanes >= {world} (fixed for a run)"
             )
         self.planner = planner
-        self._load_pack = load_pack
+        self.load_pack = load_pack
         self._make_dummy = make_dummy
         self._rank = rank
         self._world = world
@@ -131,7 +131,7 @@ class StepLoader:
         """
         if self._executor is None:
             plans = rank_packs(self.planner.next_step(), self._rank, self._world)
-            packs = [self._load_pack(plan) if plan else self._make_dummy() for plan in plans]
+            packs = [self.load_pack(plan) if plan else self._make_dummy() for plan in plans]
             self._state = self.planner.state_dict()
             return packs
         try:

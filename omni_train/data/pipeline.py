@@ -5,6 +5,7 @@ The only place that puts the parts of the data layer together.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import Objective, RunConfig, ShardsConfig, VisionModelConfig
 from omni_train.data.bad_samples import FIX, BadSampleLog, SampleCount
-from omni_train.data.chatml import Describe
-from omni_train.data.contracts import BadSample, Document, DocumentPlan, Pack, PackPlan
-from omni_train.data.encode import Encoder, RangeError, collate
+from omni_train.data.chatml import Describe, question_of
+from omni_train.data.contracts import BadSample, Document, DocumentPlan, Pack, PackPlan, Prompt
+from omni_train.data.encode import Encoder, RangeError, collate, dummy_document
 from omni_train.data.index import ShardIndex, ensure_index, expand
 from omni_train.data.layouts import layout_id
 from omni_train.data.loader import PackReader, StepLoader
@@ -88,6 +89,35 @@ class PackBuilder:
         return least + self._draw(sample_id, step) % (most - least + 1)
 
 
+@dataclass(slots=True)
+class PromptBuilder:
+    """Reads and encodes the prompt of a plan of one sample. Picklable, stateless.
+
+    A sample that cannot be decoded, or has no reply to compare with, gives a dummy prompt that names it in ``bad``.
+    """
+
+    reader: PackReader
+    encoder: Encoder
+
+    def __call__(self, plan: PackPlan) -> Prompt:
+        (planned,) = plan.documents
+        shard, key, offset = place = self.reader.place(planned)
+        try:
+            sample = self.reader.read(planned)
+            document, reference = self.encoder.prompt_and_answer(sample)
+        except ValueError as error:
+            if isinstance(error, DataError) and not isinstance(error, SampleError):
+                raise
+            what = error.what if isinstance(error, SampleError) else str(error).removeprefix(f"sample {sample.id}: ")
+            return dataclasses.replace(self.dummy(), place=place, bad=[BadSample(shard, key, offset, what)])
+        question = question_of(sample.content)
+        return Prompt(document, reference, question, planned, place)
+
+    def dummy(self) -> Prompt:
+        """A prompt of nobody, for a rank that has none."""
+        return Prompt(dummy_document(self.encoder.ids))
+
+
 def media_geometry(vision: VisionModelConfig) -> MediaGeometry:
     """How pictures become patches for a vision encoder of these sizes."""
     return MediaGeometry(
@@ -110,6 +140,12 @@ def speech_format(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Spee
         return None
     assert config.model.talker is not None  # RunConfig refuses such a stage
     return SpeechFormat(config.model.talker, SpeechTokens.of(tokenizer), objective is Objective.talker_dpo)
+
+
+def _one_token_each(source: Source, longest: int) -> Source:
+    """The source with samples of one token; those longer than ``longest`` do not fit any more and are left out."""
+    lengths = [np.where(own <= longest, 1, 2) for own in source.lengths]
+    return dataclasses.replace(source, lengths=lengths, splittable=[np.zeros(len(own), bool) for own in lengths])
 
 
 class DataPipeline:
@@ -164,23 +200,33 @@ class DataPipeline:
         return PackBuilder(reader, self.encoder, (least, most), self.config.data.seed, noise)
 
     def loader(self, rank: int, world: int) -> StepLoader:
-        """Training packs of this rank, step by step."""
-        config = self.config
+        """Training packs of this rank, step by step; prompts, one a plan, for a stage that samples answers.
+
+        Prompts are mixed by number: to the planner each is one token long, in packs of one token.
+        """
+        config, rollout = self.config, self.config.stage.rollout
         shards = {name: self.indexed(source) for name, source in config.mixture.items()}
         sources = [
             self._source(name, shards[name], source.weight, source.max_epochs)
             for name, source in config.mixture.items()
         ]
+        if rollout is not None:
+            longest = rollout.max_prompt_tokens or config.stage.context - rollout.max_new_tokens
+            sources = [_one_token_each(source, longest) for source in sources]
         planner = Planner(
             sources,
-            context=config.stage.context,
+            context=config.stage.context if rollout is None else 1,
             lanes=config.data.lanes,
             packs_per_lane=config.data.packs_per_lane,
             seed=config.data.seed,
             block_size=config.data.block_size,
         )
         builder = self._builder(config.mixture, shards)
-        return StepLoader(planner, builder, self.dummy, rank, world, num_workers=config.data.num_workers)
+        load, make_dummy = builder, self.dummy
+        if rollout is not None:
+            load = PromptBuilder(builder.reader, self.encoder)
+            make_dummy = load.dummy
+        return StepLoader(planner, load, make_dummy, rank, world, num_workers=config.data.num_workers)
 
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""

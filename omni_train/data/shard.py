@@ -46,9 +46,10 @@ class DataError(ValueError):
 
     @classmethod
     def at(cls, shard: str | Path, offset: int, what: str, *, key: str = "", fix: str = DEFAULT_FIX) -> DataError:
-        """The error "SHARD: sample 'KEY': byte OFFSET: WHAT; FIX"."""
+        """The error "SHARD: sample 'KEY': byte OFFSET: WHAT; FIX"; the offset in a Parquet file is a row's number."""
         sample = f"sample {key!r}: " if key else ""
-        message = f"{shard}: {sample}byte {offset:,}: {what}; {fix}"
+        unit = "row" if str(shard).endswith(".parquet") else "byte"
+        message = f"{shard}: {sample}{unit} {offset:,}: {what}; {fix}"
         return cls(message, shard=str(shard), key=key, offset=offset, what=what)
 
 

@@ -66,6 +66,22 @@ _NAMED_TOKENS = {
     "audio_eos_token": AUDIO_END,
 }
 
+# How Qwen3's template tells a model of tools, before and after the list of them.
+TOOLS_HEAD = """\
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>"""
+TOOLS_END = """
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+
 CHAT_TEMPLATE = """\
 {%- macro part(p) -%}
     {%- if p.type == 'text' -%}{{- p.text -}}
@@ -77,11 +93,51 @@ CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- macro body(content) -%}
     {%- if content is string -%}{{- content -}}
-    {%- else -%}{%- for p in content -%}{{- part(p) -}}{%- endfor -%}
+    {%- elif content -%}{%- for p in content -%}{{- part(p) -}}{%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- set ns = namespace(last_question=messages|length - 1) -%}
 {%- for message in messages -%}
-    {%- if message.role == 'tool' -%}
+    {%- if message.role == 'user' -%}
+        {%- set text = body(message.content) -%}
+        {%- if not (text.startswith('<tool_response>') and text.endswith('</tool_response>')) -%}
+            {%- set ns.last_question = loop.index0 -%}
+        {%- endif -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if tools -%}
+    {{- '<|im_start|>system\\n' -}}
+    {%- if messages[0].role == 'system' -%}{{- body(messages[0].content) + '\\n\\n' -}}{%- endif -%}
+    {{- TOOLS_HEAD -}}
+    {%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
+    {{- TOOLS_END + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if tools and loop.first and message.role == 'system' -%}
+    {%- elif message.role == 'assistant' -%}
+        {%- set text = body(message.content) -%}
+        {%- set reasoning = '' -%}
+        {%- if message.reasoning_content is string -%}
+            {%- set reasoning = message.reasoning_content -%}
+        {%- elif '</think>' in text and (message.content is string or
+                 message.content | rejectattr('type', 'equalto', 'text') | list | length == 0) -%}
+            {%- set reasoning = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+            {%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
+        {%- endif -%}
+        {{- '<|im_start|>assistant\\n' -}}
+        {%- if reasoning and loop.index0 > ns.last_question -%}
+            {{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + text.lstrip('\\n') -}}
+        {%- else -%}{{- text -}}
+        {%- endif -%}
+        {%- for call in message.tool_calls or [] -%}
+            {%- if text or not loop.first -%}{{- '\\n' -}}{%- endif -%}
+            {%- if call.function -%}{%- set call = call.function -%}{%- endif -%}
+            {{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' -}}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
+            {{- '}\\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>\\n' -}}
+    {%- elif message.role == 'tool' -%}
         {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
         {{- '\\n<tool_response>\\n' + body(message.content) + '\\n</tool_response>' -}}
         {%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
@@ -90,7 +146,7 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+""".replace("TOOLS_HEAD", repr(TOOLS_HEAD)).replace("TOOLS_END", repr(TOOLS_END))
 
 
 @dataclass(slots=True)

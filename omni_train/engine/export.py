@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from omni_train.config import ConfigError, ModelConfig, Objective, RunConfig, to_dict
+from omni_train.config import THINKER_OBJECTIVES, ConfigError, ModelConfig, Objective, RunConfig, to_dict
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
 from omni_train.models.build import build_omni, build_thinker, thinker_config
 from omni_train.models.components import component_of
@@ -101,7 +101,7 @@ def export(modules: dict[str, nn.Module], config: RunConfig, tokenizer: PreTrain
         state |= full_state_dict(module)
     if dist.get_rank() == 0:
         with committed(folder) as temporary:
-            if kind is Objective.next_token:
+            if kind in THINKER_OBJECTIVES:
                 write_thinker(state, config, tokenizer, temporary)
             else:
                 write_parts(state, config, temporary)

@@ -126,11 +126,10 @@ class EncoderDecoder(nn.Module):
         labels, is_token = pad_rows(pack.shift_labels[~self.is_media(pack)], lengths)
         has_label = (labels != IGNORE_INDEX) & is_token
         hidden = self.decode(ids, memory, memory_mask)
-        losses, predictions = self.text_decoder.head(hidden[has_label], labels[has_label])
+        scores = self.text_decoder.head(hidden[has_label], labels[has_label])
         rows = torch.arange(len(lengths), device=ids.device)[:, None].expand_as(labels)
         output = {
-            "losses": losses,
-            "predictions": predictions,
+            **scores,
             "labels": labels[has_label],
             "document": rows[has_label],
             "modality": pack.doc_modality[rows[has_label]],

@@ -5,12 +5,46 @@ Shapes: K labelled positions, H hidden, V vocabulary, C positions of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_NUMBERS = 1 << 26
 """Logits held at once: 256 MB in fp32, 442 positions of Qwen3-Omni's vocabulary."""
+
+
+Scores = dict[str, Tensor]
+"""What is made of hidden states at labelled positions, [K] each: ``losses`` and ``predictions`` unless asked else."""
+
+
+def nothing_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """No values [0], still a function of the weight: ZeRO-3 needs every rank to call the head once."""
+    return (0.0 * (weight.sum() + hidden.sum())).float().expand(0)
+
+
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Scores:
+    """Cross-entropy ``losses`` in nats, [K] float32, of labels [K], and the most likely tokens, ``predictions`` [K]."""
+    if len(labels) == 0:
+        return {"losses": nothing_of(hidden, weight), "predictions": labels}
+    if len(labels) * weight.shape[0] > CHUNK_NUMBERS:
+        chunk = max(1, CHUNK_NUMBERS // weight.shape[0])
+        losses, predictions = _ChunkedLosses.apply(hidden, weight, labels, chunk)
+    else:
+        logits = F.linear(hidden, weight)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        predictions = logits.detach().argmax(-1)
+    return {"losses": losses, "predictions": predictions}
+
+
+def token_losses_at(temperature: float) -> Callable[[Tensor, Tensor, Tensor], Scores]:
+    """``token_losses`` of softmax(logits / temperature), which is what tokens are sampled from."""
+
+    def scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> Scores:
+        return token_losses(hidden / temperature, weight, labels)
+
+    return scores
 
 
 class VocabularyHead(nn.Module):
@@ -20,25 +54,16 @@ class VocabularyHead(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V] of hidden [..., H]; with ``labels`` [K] of hidden [K, H] instead (losses, predictions).
-
-        Losses: cross-entropy in nats, [K] float32; predictions: the most likely tokens, [K]. No labels give no losses,
-        still a function of the weight: ZeRO-3 needs every rank to call the head once.
-        """
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        score: Callable[[Tensor, Tensor, Tensor], Scores] = token_losses,
+    ) -> Tensor | Scores:
+        """Logits [..., V] of hidden [..., H]; with ``labels`` [K] of hidden [K, H] what ``score`` makes of them."""
         if labels is None:
             return F.linear(hidden, self.weight)
-        return vocabulary_losses(hidden, self.weight, labels)
-
-
-def vocabulary_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses, predictions) of hidden [K, H] under a head of weight [V, H], see VocabularyHead.forward."""
-    if len(labels) == 0:
-        return (0.0 * (weight.sum() + hidden.sum())).float().expand(0), labels
-    if len(labels) * weight.shape[0] > CHUNK_NUMBERS:
-        return _ChunkedLosses.apply(hidden, weight, labels, max(1, CHUNK_NUMBERS // weight.shape[0]))
-    logits = F.linear(hidden, weight)
-    return F.cross_entropy(logits.float(), labels, reduction="none"), logits.detach().argmax(-1)
+        return score(hidden, self.weight, labels)
 
 
 class _ChunkedLosses(torch.autograd.Function):

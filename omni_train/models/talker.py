@@ -21,7 +21,7 @@ from transformers import Cache
 
 from omni_train.data.contracts import IGNORE_INDEX, NO_CODE, Pack, SpeechPack
 from omni_train.models.attention import Segments
-from omni_train.models.head import vocabulary_losses
+from omni_train.models.head import token_losses
 from omni_train.models.moe import RouterTap, router_sums
 from omni_train.models.thinker import LanguageModel
 from omni_train.models.towers import MediaEmbeds
@@ -43,6 +43,9 @@ def states_for_talker(llm: LanguageModel, pack: Pack, media: MediaEmbeds, accept
     assert speech is not None
     hidden = llm.hidden_states(pack, media, accept_hidden_layer)
     return ThinkerStates(llm.model.embed_tokens(speech.text_ids), hidden[speech.media_index])
+
+
+SCORES = ("losses", "predictions")
 
 
 class Talker(nn.Module):
@@ -100,14 +103,13 @@ class Talker(nn.Module):
         probabilities, counts = router_sums(tap.logits, self.config.num_experts_per_tok)
         has_label = speech.shift_labels != IGNORE_INDEX
         labels = speech.shift_labels[has_label]
-        losses, predictions = vocabulary_losses(hidden[has_label], self.talker.codec_head.weight, labels)
+        scores = token_losses(hidden[has_label], self.talker.codec_head.weight, labels)
         sequence = torch.repeat_interleave(
             torch.arange(len(lengths), device=embeds.device), torch.tensor(lengths, device=embeds.device)
         )
         residual_losses, residual_predictions = self.predict_residuals(hidden[speech.frame_index - 1], speech.codes)
         return {
-            "losses": losses,
-            "predictions": predictions,
+            **scores,
             "labels": labels,
             "sequence": sequence[has_label],
             "residual_losses": residual_losses,
@@ -128,11 +130,9 @@ class Talker(nn.Module):
         embeddings += [table(row) for table, row in zip(predictor.model.codec_embedding, codes[1:-1], strict=False)]
         inputs = torch.stack([hidden, *embeddings], dim=1)
         outputs = predictor.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        found = [
-            vocabulary_losses(outputs[:, g + 1], head.weight, codes[g + 1]) for g, head in enumerate(predictor.lm_head)
-        ]
-        losses, predictions = zip(*found, strict=True)
-        return torch.stack(losses, dim=1), torch.stack(predictions, dim=1)
+        found = [token_losses(outputs[:, g + 1], head.weight, codes[g + 1]) for g, head in enumerate(predictor.lm_head)]
+        losses, predictions = (torch.stack([scores[name] for scores in found], dim=1) for name in SCORES)
+        return losses, predictions
 
     def step(self, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """The output [B, H] at the last position of a batch, which predicts the next frame's first code.

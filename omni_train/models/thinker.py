@@ -11,13 +11,15 @@ Shapes: T tokens of the pack, K of them with a label, H hidden, V vocabulary, L 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from omni_train.data.contracts import IGNORE_INDEX, Pack
 from omni_train.models.attention import Segments
-from omni_train.models.head import VocabularyHead
+from omni_train.models.head import Scores, VocabularyHead, token_losses
 from omni_train.models.moe import RouterTap, router_sums
 from omni_train.models.towers import MediaEmbeds, MediaTowers, visual_order
 
@@ -35,14 +37,20 @@ class LanguageModel(nn.Module):
     def merge(self, input_ids: Tensor, media: MediaEmbeds | None) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
         """(embeddings [T, H], mask of visual positions [T], DeepStack features in order of those positions).
 
-        Raises ValueError when placeholders and features differ in number (stock ignores this for audio).
+        Raises ValueError when placeholders and features differ in number (stock ignores this for audio), and for media
+        in a stage without towers.
         """
         embeds = self.model.embed_tokens(input_ids)
-        if media is None:
-            return embeds, None, None
         is_audio = input_ids == self.audio_token_id
         is_image, is_video = input_ids == self.image_token_id, input_ids == self.video_token_id
         is_visual = is_image | is_video
+        if media is None:
+            if bool((is_audio | is_visual).any()):
+                raise ValueError(
+                    "a pack has media, but this stage builds the llm alone; list a component of the towers beside it "
+                    "(at a low rate), or leave media out of the mixture"
+                )
+            return embeds, None, None
         if int(is_audio.sum()) != len(media.audio) or int(is_visual.sum()) != len(media.visual):
             raise ValueError(
                 f"a pack has {int(is_audio.sum())} audio and {int(is_visual.sum())} visual placeholders "
@@ -54,12 +62,17 @@ class LanguageModel(nn.Module):
         embeds = embeds + media.anchor.to(embeds.dtype)
         return embeds, is_visual, [level[order] for level in media.deepstack]
 
-    def forward(self, pack: Pack, media: MediaEmbeds | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        pack: Pack,
+        media: MediaEmbeds | None = None,
+        score: Callable[[Tensor, Tensor, Tensor], Scores] = token_losses,
+    ) -> dict[str, Tensor]:
         """Losses at the labelled positions and the router's sums.
 
-        Returns ``losses`` [K] in nats, ``predictions`` and ``labels`` [K], ``document`` and ``modality`` [K] of the
-        position, ``router_probabilities`` [L, E] (with gradient) and ``router_counts`` [L, E], zero for a pack without
-        samples.
+        Returns what ``score`` makes of (hidden [K, H], head [V, H], labels [K]), which is ``losses`` [K] in nats and
+        ``predictions`` unless asked else; ``labels``, ``document`` and ``modality`` [K] of the position;
+        ``router_probabilities`` [L, E] (with gradient) and ``router_counts`` [L, E], zero for a pack without samples.
         """
         embeds, is_visual, deepstack = self.merge(pack.input_ids, media)
         lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).tolist()
@@ -76,13 +89,12 @@ class LanguageModel(nn.Module):
         probabilities, counts = router_sums(tap.logits, self.config.num_experts_per_tok)
         is_real = float(len(pack.sample_ids) > 0)
         has_label = pack.shift_labels != IGNORE_INDEX
-        losses, predictions = self.lm_head(hidden[has_label], pack.shift_labels[has_label])
+        scores = self.lm_head(hidden[has_label], pack.shift_labels[has_label], score)
         document = torch.repeat_interleave(
             torch.arange(len(lengths), device=embeds.device), torch.tensor(lengths, device=embeds.device)
         )
         return {
-            "losses": losses,
-            "predictions": predictions,
+            **scores,
             "labels": pack.shift_labels[has_label],
             "document": document[has_label],
             "modality": pack.doc_modality[document[has_label]],
@@ -140,9 +152,11 @@ class Thinker(nn.Module):
         self.llm = llm
         self.config = llm.config
 
-    def forward(self, pack: Pack) -> dict[str, Tensor]:
+    def forward(
+        self, pack: Pack, score: Callable[[Tensor, Tensor, Tensor], Scores] = token_losses
+    ) -> dict[str, Tensor]:
         """See LanguageModel.forward."""
-        return self.llm(pack, self.towers(pack))
+        return self.llm(pack, self.towers(pack), score)
 
 
 def compose(thinker: nn.Module) -> Thinker:

@@ -22,6 +22,24 @@ def counts(pack: Pack) -> dict[str, int]:
     return {"labels": int((pack.shift_labels != IGNORE_INDEX).sum()), "tokens": pack.num_tokens}
 
 
+def by_modality(values_K: Tensor, modality_K: Tensor) -> dict[str, Tensor]:
+    """Reports {"loss/<modality>": (sum, count)} of values at labelled positions."""
+    pairs = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=values_K.device)
+    if len(modality_K):
+        pairs[0].index_add_(0, modality_K, values_K.detach().double())
+        pairs[1].index_add_(0, modality_K, torch.ones_like(values_K, dtype=torch.float64))
+    return {f"loss/{name}": pairs[:, number] for number, name in enumerate(MODALITIES)}
+
+
+def router_term(output: dict[str, Tensor], engine: str, fractions: Tensor | None, coefficient: float) -> list[LossTerm]:
+    """The balance loss of a model's output, given the previous step's global expert fractions; [] without a router."""
+    if fractions is None:
+        return []
+    return [
+        LossTerm(engine, "router", balance_loss_sum(output["router_probabilities"], fractions), "tokens", coefficient)
+    ]
+
+
 def ctc_loss_sum(logits_DSU: Tensor, lengths_D: Tensor, targets_N: Tensor, target_lengths_D: Tensor) -> Tensor:
     """Σ over documents of the CTC loss in nats (Graves et al. 2006) of the targets, concatenated over documents.
 
@@ -52,13 +70,7 @@ def next_token_losses(
     """
     losses = output["losses"]
     terms = [LossTerm(engine, "next_token", losses.sum(), "labels")]
-    by_modality = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
-    if len(output["labels"]):
-        by_modality[0].index_add_(0, output["modality"], losses.detach().double())
-        by_modality[1].index_add_(0, output["modality"], torch.ones_like(losses, dtype=torch.float64))
-    if router_fractions is not None:
-        aux = balance_loss_sum(output["router_probabilities"], router_fractions)
-        terms.append(LossTerm(engine, "router", aux, "tokens", router_aux_coef))
+    terms += router_term(output, engine, router_fractions, router_aux_coef)
     if ctc_weight > 0:
         targets = output["ctc_targets"], output["ctc_target_lengths"]
         if len(targets[0]):
@@ -66,5 +78,4 @@ def next_token_losses(
         else:
             ctc = output["ctc_logits"].sum() * 0.0
         terms.append(LossTerm(engine, "ctc", ctc, "labels", ctc_weight))
-    reported = {f"loss/{name}": by_modality[:, number] for number, name in enumerate(MODALITIES)}
-    return Losses(terms, reported, output.get("router_counts"))
+    return Losses(terms, by_modality(losses, output["modality"]), output.get("router_counts"))

@@ -1,4 +1,4 @@
-"""Greedy generation with the training modules: continuations of the Thinker, transcripts of AuT.
+"""Generation with the training modules: continuations of the Thinker, transcripts of AuT; greedy unless told else.
 
 Both run in lockstep over ranks when asked to (``is_open_anywhere``): all ranks then take equally many decoder steps, so
 expert parallelism never waits for a rank that has finished.
@@ -21,6 +21,14 @@ from omni_train.models.towers import MediaEmbeds
 
 IsOpen = Callable[[bool], bool]
 """Whether any rank still has an unfinished answer, given whether this one has; ``bool`` for a rank on its own."""
+
+Step = Callable[[Tensor, int, Tensor], Tensor]
+"""``step(tokens [B], number, mask [B, 1, 1, past + 1])``: logits [B, V] after token ``number`` (from 1) of answers."""
+
+
+def most_likely(logits_BV: Tensor) -> Tensor:
+    """The greedy choice, [B]."""
+    return logits_BV.argmax(-1)
 
 
 def left_pad(values: Tensor, starts: list[int], width: int) -> Tensor:
@@ -46,20 +54,18 @@ def prompt_masks(lengths_B: Tensor) -> tuple[Tensor, Tensor]:
 def extend(
     logits_BV: Tensor,
     is_real_BL: Tensor,
-    step: Callable[[Tensor, int, Tensor], Tensor],
+    step: Step,
     *,
     stop_id: int,
     max_new_tokens: int,
     is_open_anywhere: IsOpen,
+    choose: Callable[[Tensor], Tensor] = most_likely,
 ) -> list[list[int]]:
-    """Greedy answers without the stop token, from the logits after the prompts.
-
-    ``step(tokens [B], number, mask [B, 1, 1, past + 1])``: the logits after token ``number`` (from 1) of each answer.
-    """
+    """Answers without the stop token, from the logits after the prompts; ``choose`` takes a token of each row."""
     answers: list[list[int]] = [[] for _ in logits_BV]
     is_open = torch.ones(len(answers), dtype=torch.bool, device=logits_BV.device)
     for number in range(1, max_new_tokens + 1):
-        token = logits_BV.argmax(-1)
+        token = choose(logits_BV)
         is_open &= token != stop_id
         for answer, value, still in zip(answers, token.tolist(), is_open.tolist(), strict=True):
             if still:
@@ -69,6 +75,32 @@ def extend(
         is_real_BL = torch.cat([is_real_BL, torch.ones_like(is_real_BL[:, :1])], dim=1)
         logits_BV = step(token, number, is_real_BL[:, None, None, :])
     return answers
+
+
+def prefill(llm: LanguageModel, pack: Pack, media: MediaEmbeds | None, copies: int = 1) -> tuple[Tensor, Tensor, Step]:
+    """(logits [B, V] after each prompt, is_real [B, L], step) to ``extend`` from; B = documents × ``copies``.
+
+    Each prompt is read once; its copies stand next to each other.
+    """
+    starts = pack.cu_seqlens.tolist()
+    lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).long()
+    width = int(lengths.max())
+    embeds, is_visual, deepstack = llm.merge(pack.input_ids, media)
+    positions = left_pad(pack.position_ids.T, starts, width).permute(2, 0, 1)  # [4, D, L]
+    is_real, mask = prompt_masks(lengths)
+    cache = DynamicCache(config=llm.config)
+    is_visual = None if is_visual is None else left_pad(is_visual, starts, width)
+    logits = llm.step(left_pad(embeds, starts, width), positions, mask, cache, is_visual, deepstack)
+    last = torch.stack([lengths - 1, *[positions[1:].amax(dim=(0, 2))] * 3])  # [4, D], the last position used
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+        logits, is_real = (values.repeat_interleave(copies, dim=0) for values in (logits, is_real))
+        last = last.repeat_interleave(copies, dim=1)
+
+    def step(token: Tensor, number: int, mask: Tensor) -> Tensor:
+        return llm.step(llm.model.embed_tokens(token)[:, None], (last + number)[:, :, None], mask, cache)
+
+    return logits, is_real, step
 
 
 @torch.no_grad()
@@ -82,22 +114,8 @@ def greedy(
     is_open_anywhere: IsOpen = bool,
 ) -> list[list[int]]:
     """Most likely continuation of each document of ``pack``: token ids, without the stop token."""
-    starts = pack.cu_seqlens.tolist()
-    lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).long()
-    width = int(lengths.max())
-    embeds, is_visual, deepstack = llm.merge(pack.input_ids, media)
-    positions = left_pad(pack.position_ids.T, starts, width).permute(2, 0, 1)  # [4, B, L]
-    is_real, mask = prompt_masks(lengths)
-    cache = DynamicCache(config=llm.config)
-    is_visual = None if is_visual is None else left_pad(is_visual, starts, width)
-    logits = llm.step(left_pad(embeds, starts, width), positions, mask, cache, is_visual, deepstack)
-    last = torch.stack([lengths - 1, *[positions[1:].amax(dim=(0, 2))] * 3])  # [4, B], the last position used
-
-    def step(token: Tensor, number: int, mask: Tensor) -> Tensor:
-        return llm.step(llm.model.embed_tokens(token)[:, None], (last + number)[:, :, None], mask, cache)
-
     return extend(
-        logits, is_real, step, stop_id=stop_id, max_new_tokens=max_new_tokens, is_open_anywhere=is_open_anywhere
+        *prefill(llm, pack, media), stop_id=stop_id, max_new_tokens=max_new_tokens, is_open_anywhere=is_open_anywhere
     )
 
 

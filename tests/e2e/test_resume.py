@@ -49,7 +49,12 @@ def is_saving(run_dir: Path) -> bool:
 
 def kill_when(stage: str, run_dir: Path, is_time: Callable[[], bool]) -> int:
     """Start the stage, SIGKILL all of its ranks as soon as ``is_time``; the number of steps logged by then."""
-    process = start(*stage_command(stage, run_dir))
+    return kill_command(stage_command(stage, run_dir), run_dir, is_time)
+
+
+def kill_command(command: list[str], run_dir: Path, is_time: Callable[[], bool]) -> int:
+    """Start a command, SIGKILL all of its ranks as soon as ``is_time``; the number of steps logged by then."""
+    process = start(*command)
     deadline = time.monotonic() + START_LIMIT_SEC
     try:
         while not is_time():

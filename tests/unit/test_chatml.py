@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,7 +101,12 @@ def nasty_content(rng):
         parts = [{"type": kind, kind: nasty_text(rng) if kind == "text" else "m"} for kind in kinds]
         content = nasty_text(rng) if rng.random() < 0.3 else parts
         messages.append({"role": rng.choice(["system", "user", "assistant", "tool"]), "content": content})
-    return {"messages": messages}
+        if messages[-1]["role"] == "assistant" and rng.random() < 0.3:
+            messages[-1]["reasoning_content"] = nasty_text(rng)
+        if messages[-1]["role"] == "assistant" and rng.random() < 0.3:
+            call = {"name": "f", "arguments": rng.choice(["{}", {"a": nasty_text(rng)}])}
+            messages[-1]["tool_calls"] = [call, {"function": call}][: rng.randrange(3)]
+    return {"messages": messages} | ({"tools": [{"name": "f", "text": "é"}]} if rng.random() < 0.2 else {})
 
 
 def test_pieces_tokenise_as_the_whole_text_and_render_as_the_chat_template(tokenizer):
@@ -115,7 +121,89 @@ def test_pieces_tokenise_as_the_whole_text_and_render_as_the_chat_template(token
             counts.add(count_text_tokens(pieces, tokenizer))
             assert counts == {len(whole) - sum(piece.media is not None for piece in pieces)}
         if "messages" in content:
-            assert joined(pieces) == tokenizer.apply_chat_template(content["messages"], tokenize=False)
+            expected = tokenizer.apply_chat_template(content["messages"], tools=content.get("tools"), tokenize=False)
+            assert joined(pieces) == expected, content
+
+
+def reply(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def asked(*messages, **more):
+    return {"messages": [{"role": "user", "content": "why?"}, *messages], **more}
+
+
+CALL = {"function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+THINKING = {
+    "one turn": asked(reply("<think>\nhm\n</think>\n\nso")),
+    "its own field": asked(reply("so", reasoning_content="hm")),
+    "earlier turns": asked(
+        reply("<think>\nfirst\n</think>\n\none"),
+        {"role": "user", "content": "and?"},
+        reply("<think>\nsecond\n</think>\n\ntwo"),
+    ),
+    "tools between": asked(
+        reply("<think>\nask it\n</think>\n\n", tool_calls=[CALL, CALL]),
+        {"role": "tool", "content": "3"},
+        reply("<think>\nthree\n</think>\n\n3"),
+        tools=[{"type": "function", "function": {"name": "add"}}],
+    ),
+    "system and tools": {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "1 + 2?"},
+            reply("let me see", tool_calls=[{"name": "add", "arguments": '{"a": 1}'}], reasoning_content="x"),
+            {"role": "tool", "content": "3"},
+            {"role": "tool", "content": "4"},
+            reply("3", reasoning_content="hm"),
+        ],
+        "tools": [{"name": "add"}, {"name": "sub"}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_reasoning_and_tools_are_written_as_qwen3_writes_them(name):
+    """Against the template that is published with Qwen3, as TRL ships it."""
+    chat_templates = pytest.importorskip("trl.chat_template_utils")
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    content = THINKING[name]
+    template = (Path(chat_templates.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    (expected,), _ = render_jinja_template(
+        conversations=[content["messages"]], chat_template=template, tools=content.get("tools")
+    )
+    assert joined(render(content)) == expected
+
+
+def test_earlier_reasoning_is_left_out_and_the_last_carries_loss():
+    content = THINKING["earlier turns"]
+    assert [piece.text for piece in render(content) if piece.has_loss] == [
+        "one<|im_end|>",
+        "<think>\nsecond\n</think>\n\ntwo<|im_end|>",
+    ]
+    only_last = [piece.text for piece in render(content, "last_turn") if piece.has_loss]
+    assert only_last == ["<think>\nsecond\n</think>\n\ntwo<|im_end|>"]
+    assert joined(render(content, "last_turn")) == joined(render(content))
+
+
+def test_the_calls_of_a_last_turn_carry_loss():
+    calls = [piece.text for piece in render(THINKING["tools between"], "last_turn") if piece.has_loss]
+    assert len(calls) == 2 and calls[0].count("<tool_call>") == 2 and calls[1].endswith("</think>\n\n3<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (asked(reply("a"), tools="add"), "'tools' must be a list of objects"),
+        (asked(reply("a", tool_calls=["add"])), "message 1: tool_calls must be objects"),
+        (asked(reply("a", reasoning_content=3)), "message 1: reasoning_content is int"),
+        (asked(reply(None)), "message 1 has content of type NoneType"),
+    ],
+)
+def test_wrong_tools_and_reasoning_are_named(content, message):
+    with pytest.raises(ValueError, match=message):
+        render(content)
 
 
 def test_generation_prompt_is_that_of_the_template(tokenizer):
@@ -165,7 +253,7 @@ def test_what_breaks_the_contract_is_named(content, message):
 
 
 def test_unknown_loss_on_is_refused():
-    with pytest.raises(ValueError, match="use one of assistant, all_text .did you mean 'assistant'"):
+    with pytest.raises(ValueError, match="use one of assistant, last_turn, all_text .did you mean 'assistant'"):
         render({"text": "a"}, loss_on="asistant")
 
 

@@ -69,7 +69,7 @@ def test_missing_stale_and_damaged_indexes_name_the_command(tmp_path):
         text.rsplit("\n", 2)[0] + "\n",
         "",
         "{}\n",
-        text.replace('"version": 1', '"version": 9'),
+        text.replace('"version": 2', '"version": 9'),
     ):
         sidecar.write_text(damaged)
         with pytest.raises(DataError, match=f"is damaged or of another version .*; {command}"):

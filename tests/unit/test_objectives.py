@@ -6,6 +6,7 @@ import torch
 
 from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Document
 from omni_train.data.encode import collate
+from omni_train.objectives.distillation import distillation_losses
 from omni_train.objectives.next_token import counts, ctc_loss_sum, next_token_losses
 
 
@@ -46,6 +47,17 @@ def test_router_term_weighs_this_packs_probabilities_with_the_fractions_of_the_s
 def test_router_term_is_one_a_token_at_balance():
     found = next_token_losses(output([0.7], [0], torch.full((3, 4), 2.5)), "llm", torch.full((3, 4), 0.25), 0.1)
     assert found.terms[1].sum.item() == pytest.approx(10.0)  # 10 tokens, each 1/4 to each of 4 experts
+
+
+def test_distillation_reports_divergences_by_modality_and_what_its_pack_tells():
+    pack = collate([document([7, 8])])
+    pack.statistics = {"rollout/tokens": torch.tensor([6.0, 2.0], dtype=torch.float64)}
+    scores = output([0.7, 0.9], [0, 1]) | {"divergences": torch.tensor([0.25, 0.5])}
+    found = distillation_losses(scores, pack, "thinker", None, 0.1)
+    assert [(t.name, t.per, t.sum.item()) for t in found.terms] == [("distillation", "labels", 0.75)]
+    reported = {name: pair.tolist() for name, pair in found.reported.items() if pair[1] > 0}
+    expected = {"loss/text": [0.25, 1], "loss/audio": [0.5, 1], "rollout/tokens": [6, 2]}
+    assert reported.pop("loss/next_token") == pytest.approx([1.6, 2]) and reported == expected
 
 
 def test_counts_are_labels_and_tokens():
