@@ -17,7 +17,7 @@ from omni_train.data.contracts import IGNORE_INDEX, Sample
 from omni_train.data.encode import Encoder, collate, dummy_pack
 from omni_train.data.pipeline import media_geometry
 from omni_train.data.tokenizer import load_tokenizer
-from omni_train.engine.export import write_part
+from omni_train.engine.export import write_parts
 from omni_train.evaluation import transcription
 from omni_train.models.encoder_decoder import pad_rows
 from omni_train.rollout.generate import transcribe
@@ -121,7 +121,7 @@ def test_transcribe_all_keeps_the_order_of_samples(aut, monkeypatch):
 
 def test_an_export_transcribes_as_the_module_it_was_written_from(aut, tmp_path):
     module, encoder = aut
-    write_part(module.state_dict(), config_of("transcription"), tmp_path)
+    write_parts(module.state_dict(), config_of("transcription"), tmp_path)
     encoder.tokenizer.save_pretrained(tmp_path)
     loaded, tokenizer = transcription.load_transcriber(tmp_path)
     kept = dict(module.named_parameters())
