@@ -269,7 +269,7 @@ CASES: dict[str, tuple[Any, Refused | Right]] = {
         Refused("video is cut short: its box 'mdat'"),
     ),
     "mp4 with a broken body": (
-        lambda folder: chat("video", "v.mp4", garbled(header_first(video(TEN_HZ), folder))),
+        lambda folder: chat("video", "v.mp4", garbled(header_first(video(TEN_HZ), folder), 0.7, 0.95)),
         Refused("member 'v.mp4': cannot decode the video", "decode"),
     ),
     "playlist called mp4": (
