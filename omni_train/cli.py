@@ -164,7 +164,9 @@ def parser() -> argparse.ArgumentParser:
     codes.add_argument("--only", default="**/*.tar", help="pattern of shards below the folder (default all)")
     codes.add_argument("--codebooks", type=int, help="take the first so many (default all that the codec has)")
     for action in (index, check, codes):
-        action.add_argument("folder", help="its *.tar files are the shards, those of folders below it too")
+        action.add_argument(
+            "folder", help="its *.tar are the shards, also in folders below; without any, its *.jsonl and *.parquet"
+        )
         action.add_argument("--layout", default="messages", help="messages (default), pairs or text")
         action.add_argument("--prompt", default="", help="pairs: what the user says after the medium (default nothing)")
         action.add_argument("--text-field", default="", help="the json field with the text (default KEY.txt if there)")
@@ -334,7 +336,9 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.action == "codes":
         return write_codes(options, layout)
     folder = Path(options.folder)
-    suffixes = [suffix for suffix in (".tar", *ROW_SUFFIXES) if any(folder.rglob(f"*{suffix}"))] or [".tar"]
+    # Row files beside tar shards are what a tool wrote about them.
+    rows = [suffix for suffix in ROW_SUFFIXES if any(folder.rglob(f"*{suffix}"))]
+    suffixes = [".tar"] if any(folder.rglob("*.tar")) else rows or [".tar"]
     shards = expand([f"{folder}/**/*{suffix}" for suffix in suffixes])
     if options.action == "index":
         from omni_train.corpus import index_shards

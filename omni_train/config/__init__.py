@@ -274,6 +274,13 @@ def load_corpus(name: str) -> CorpusConfig:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), values))  # type: ignore[return-value]
 
 
+def model_of(values: dict[str, Any]) -> ModelConfig:
+    """The sizes that ``to_dict`` made ``values`` of."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))  # type: ignore[return-value]
+
+
 def explain(error: BaseException) -> str:
     """One readable message for what Hydra and OmegaConf report, with the nearest valid choice."""
     chain = [error]

@@ -13,16 +13,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import (
-    AudioModelConfig,
-    Code2WavModelConfig,
-    CodecModelConfig,
     ConfigError,
-    DecoderModelConfig,
-    ModelConfig,
     RunConfig,
-    TextModelConfig,
-    VisionModelConfig,
-    WaveHead,
+    model_of,
 )
 from omni_train.data.contracts import Sample
 from omni_train.data.encode import Encoder, collate
@@ -44,7 +37,7 @@ def load_transcriber(folder: Path) -> tuple[EncoderDecoder, PreTrainedTokenizerB
     description = json.loads((folder / "config.json").read_text())
     if description.get("model_type") != MODEL_TYPE:
         raise ConfigError(f"'{folder}' is no AuT export (model_type {MODEL_TYPE}); give aut_pretrain's export/ folder")
-    model = _model_config(description["model"])
+    model = model_of(description["model"])
     tokenizer = load_tokenizer(folder)
     transcriber = EncoderDecoder(
         build_encoder(model, "audio", seed=0),
@@ -54,18 +47,6 @@ def load_transcriber(folder: Path) -> tuple[EncoderDecoder, PreTrainedTokenizerB
     )
     load_components(transcriber, folder, {"audio_encoder", "audio_adapter", "aut_decoder"})
     return transcriber.eval(), tokenizer
-
-
-def _model_config(values: dict[str, Any]) -> ModelConfig:
-    parts = {
-        "text": TextModelConfig(**values["text"]),
-        "audio": AudioModelConfig(**values["audio"]),
-        "vision": VisionModelConfig(**values["vision"]),
-        "decoder": DecoderModelConfig(**values["decoder"]),
-        "codec": CodecModelConfig(**values["codec"]),
-        "code2wav": Code2WavModelConfig(**{**values["code2wav"], "head": WaveHead[values["code2wav"]["head"]]}),
-    }
-    return ModelConfig(**{**values, **parts})
 
 
 def transcribe_all(

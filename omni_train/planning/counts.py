@@ -54,7 +54,7 @@ class Count:
 
 
 def count_parameters(model: ModelConfig) -> dict[str, Count]:
-    """Counts by component of the whole Qwen3-Omni model (the Thinker alone for a preset without ``extra``), and of the
+    """Counts by component of the whole Qwen3-Omni model (the Thinker alone for a preset without a Talker), and of the
     decoder that AuT trains with, which no exported model holds."""
     omni = build_omni(model, device="meta")
     with torch.device("meta"):

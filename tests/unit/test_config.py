@@ -52,7 +52,6 @@ def test_one_override_moves_every_stage_to_another_corpus(name: str) -> None:
     folders = {pattern.split("/")[1] for pattern in trained}
     folders = {name.removesuffix(derived[0]).removesuffix(derived[1]) for name in folders}
     card = yaml.safe_load((CONF_DIR.parent / "data" / name / "card.yaml").read_text())
-    kept_back = {"talk_new_speaker"}  # a voice that nothing may have heard before it is fine-tuned to
     assert folders == {source for source, (in_train, *_) in card["sources"].items() if in_train}
 
 

@@ -40,8 +40,8 @@ def test_the_average_has_a_decay_below_one():
 
 def test_the_codec_and_code2wav_agree_on_codes_and_rates():
     model = micro_model(4)
-    with pytest.raises(ConfigError, match=r"model\.codec\.codebook_size \(32\) and model\.code2wav\.codebook_size"):
-        dataclasses.replace(model, codec=dataclasses.replace(model.codec, codebook_size=32))
+    with pytest.raises(ConfigError, match=r"model\.codec\.codebook_size \(64\) and model\.code2wav\.codebook_size"):
+        dataclasses.replace(model, codec=dataclasses.replace(model.codec, codebook_size=64))
     with pytest.raises(ConfigError, match="must multiply to 8"):
         dataclasses.replace(model.codec, strides=[2, 2])
     with pytest.raises(ConfigError, match="must multiply to 1920"):
