@@ -33,7 +33,7 @@ NAME = "shared_memory"
 SLOT_BYTES = 1 << 20  # what one rank can say at once; more goes in rounds
 LINE_BYTES = 64  # counters of two ranks never share a cache line
 SPIN_SEC = 1e-3  # then the processor is left to others between looks
-LOOK_SEC = 5e-5
+LONGEST_NAP_SEC = 1e-3
 
 Take = Callable[[int, int, Tensor], None]
 """Given (rank, first byte of the part, bytes [n]) of what a rank says to this one, in order of ranks in each round."""
@@ -119,7 +119,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
             while counters[peer] < number:
                 waited = time.monotonic() - started
                 if waited > SPIN_SEC:
-                    time.sleep(LOOK_SEC)
+                    time.sleep(min(waited / 20, LONGEST_NAP_SEC))
                 if waited > self._timeout:
                     raise RuntimeError(
                         f"rank {self._rank} waited {waited:.0f} s for rank {peer} of its group: it has ended, hangs, "
