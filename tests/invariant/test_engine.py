@@ -204,7 +204,7 @@ def test_a_talker_s_rank_without_data(case):
 def test_the_talker_cases_train():
     found = trajectory(SPEAKER)
     assert found["loss"][-1] < found["loss"][0] - 1.0
-    assert found["loss/residuals"][-1] < found["loss/residuals"][0] - 0.3
+    assert found["loss/residuals"][-1] < found["loss/residuals"][0] - 0.05
     assert trajectory(PAIRS)["loss"][0] == pytest.approx(np.log(2), abs=1e-6)  # the reference is the start
     assert trajectory(PAIRS)["loss"][-1] != trajectory(PAIRS)["loss"][0]
 

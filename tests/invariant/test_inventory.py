@@ -35,9 +35,19 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "talker_cpt": (SPEECH, {LLM} | AUDIO | VISION),
     "talker_dpo": (SPEECH, {LLM} | AUDIO | VISION),
     "talker_speaker": (SPEECH, {LLM} | AUDIO | VISION),
+    "codec": ({"codec_encoder", "codec_decoder"}, set()),
+    "code2wav": ({"code2wav"}, {"codec_encoder"}),
+    **dict.fromkeys(
+        ("thinker_sft", "thinker_distill_off", "thinker_distill_on", "thinker_gspo"), ({LLM} | AUDIO | VISION, set())
+    ),
 }
+OWN_STEPS = ("codec", "code2wav", "thinker_distill_off", "thinker_distill_on", "thinker_gspo")
+"""Stages whose packs come of waves, a teacher or rollouts; their steps are in test_codec_stages, test_post_training."""
 # Part of a parameter's name → its component, first match wins; written apart from the patterns of the code.
 PARTS = (
+    ("codec_encoder.", "codec_encoder"),
+    ("codec_decoder.", "codec_decoder"),
+    ("code2wav.", "code2wav"),
     ("code_predictor.", "mtp"),
     ("talker.", "talker"),
     ("audio_tower.proj1.", "audio_adapter"),
@@ -138,7 +148,7 @@ def gradients(results: list[dict]) -> dict[str, float]:
     return {name: max(result["gradients"].get(name, 0.0) for result in results) for name in names}
 
 
-@pytest.mark.parametrize("stage", [s for s in TABLE if s != "s3_long_context"])
+@pytest.mark.parametrize("stage", [s for s in TABLE if s not in ("s3_long_context", *OWN_STEPS)])
 def test_what_is_frozen_stays_bit_identical_and_what_trains_gets_gradients(stage):
     results = run_ranks(2, one_step, stage_case(stage), tokenizer_folder())
     trained, frozen = TABLE[stage]
