@@ -134,7 +134,7 @@ class Encoder:
 
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""
-        return dummy_pack(self.geometry, self.ids)
+        return dummy_pack(self.geometry, self.ids, self.speech)
 
     def _encode(
         self,
