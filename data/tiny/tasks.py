@@ -36,18 +36,18 @@ NUM_SAMPLES = {
     "spoken_phrase": (4500, 250, 600),
     "spoken_digit": (40, 24, 60),  # times each digit
     "audio_find": (2000, 200, 500),
-    "speech_other": (1500, 200, 500),
+    "speech_other": (1500, 100, 400),
     "count_words": (700, 200, 500),
     "man_or_woman": (700, 200, 500),
     "digit_variants": (4, 1, 1),  # times each image
-    "picture_name": (300, 6, 17),  # times each concept
+    "picture_name": (280, 6, 17),  # times each concept
     "picture_colour": (1200, 200, 500),
-    "count": (2500, 200, 500),
+    "count": (2300, 200, 500),
     "same_or_different": (72, 3, 8),  # times each concept, same and different
     "same_audio": (300, 100, 250),  # of each of two kinds
     "digit_sum": (14, 3, 6),  # times each pair
     "digit_sum_unseen": (0, 14, 34),  # times each pair
-    "long_audio_find": (900, 200, 500),
+    "long_audio_find": (860, 120, 500),
     "video_motion": (450, 20, 75),  # times each motion
     "video_name": (10, 2, 3),  # times each concept
     "video_audio": (22, 3, 7),  # times each concept, named by the voice and not
@@ -55,7 +55,7 @@ NUM_SAMPLES = {
     "long_video_order": (200, 40, 100),
     "talk": (184, 24, 48),  # phrases, each by every speaker
     "talk_new_speaker": (32, 8, 48),
-    "exercise_rounds": (1000, 25, 40),  # of 26 dialogues
+    "exercise_rounds": (1000, 25, 40),  # of 24 dialogues
     "text_sum": (25, 1, 2),  # times each sum
     "stories": (600, 50, 100),
 }
@@ -114,9 +114,19 @@ class Planner:
         return Digit(value, row, self.media_seed(), augment=self.split == "train")
 
     def sample(
-        self, task: str, question: str, answer: str, *media: Media, license: str = SPEECH_LICENSE, lang: str = "en"
+        self,
+        task: str,
+        question: str,
+        answer: str,
+        *media: Media,
+        reasoning: str = "",
+        license: str = SPEECH_LICENSE,
+        lang: str = "en",
     ) -> PlannedSample:
-        """A question about ``media`` (members a, b in order). ``question`` names a wording or is the text itself."""
+        """A question about ``media`` (members a, b in order). ``question`` names a wording or is the text itself.
+
+        ``reasoning`` is what the reply thinks before its answer.
+        """
         wordings = texts.QUESTIONS.get(question, (question,))
         wording = self.rng.choice(wordings) if self.split == "train" else wordings[0]
         parts, members = [], {}
@@ -131,6 +141,8 @@ class Planner:
             if clip is not None:
                 speakers.append(clip.voice)
         messages = _turn(wording, answer, *parts)
+        if reasoning:
+            messages[-1]["reasoning_content"] = reasoning
         content = {"messages": messages, "task": task, "lang": lang, "license": license}
         if speakers:
             content["speaker"] = speakers[0]
@@ -224,6 +236,14 @@ def plan_pictures(plan: Planner) -> list[PlannedSample]:
     return samples
 
 
+def _comparison(
+    plan: Planner, task: str, first: str, second: str, *media: Media, question: str = "same_or_different", **about: str
+) -> PlannedSample:
+    """Whether two names are the same. The reply first thinks of both, each on a line of its own."""
+    answer = "same" if first == second else "different"
+    return plan.sample(task, question, answer, *media, reasoning=f"{first}\n{second}", **about)
+
+
 def _same_or_different(plan: Planner) -> list[PlannedSample]:
     """Each name is drawn as often with its own word as with another, and said as often over its own picture."""
     samples = []
@@ -231,11 +251,9 @@ def _same_or_different(plan: Planner) -> list[PlannedSample]:
         shift = plan.rng.randint(1, len(CONCEPTS) - 1)
         for number, seen in enumerate(CONCEPTS):
             other = CONCEPTS[(number + shift) % len(CONCEPTS)]
-            for heard, answer in ((seen, "same"), (other, "different")):
+            for heard in (seen, other):
                 media = plan.picture(seen), plan.clip(heard)
-                samples.append(
-                    plan.sample("same_or_different", "same_or_different", answer, *media, license=PICTURE_LICENSE)
-                )
+                samples.append(_comparison(plan, "same_or_different", seen, heard, *media, license=PICTURE_LICENSE))
     return samples
 
 
@@ -244,10 +262,11 @@ def plan_mixed(plan: Planner) -> list[PlannedSample]:
     samples = _same_or_different(plan)
     for number in range(plan.begin("same_audio")):
         first, second = plan.rng.sample(CONCEPTS, 2)
-        second, answer = ((first, "same"), (second, "different"))[number % 2]
+        second = (first, second)[number % 2]
         pair = plan.clip(first), plan.clip(second)
-        samples.append(plan.sample("same_audio", "same_or_different", answer, *pair))
-        samples.append(plan.sample("same_audio", f"{first}: same or different?", answer, plan.clip(second)))
+        samples.append(_comparison(plan, "same_audio", first, second, *pair))
+        written = f"{first}\n{texts.QUESTIONS['same_or_different'][0]}"
+        samples.append(_comparison(plan, "same_audio", first, second, plan.clip(second), question=written))
     for task in ("digit_sum", "digit_sum_unseen"):
         for _ in range(plan.begin(task)):
             for seen, heard in ((a, b) for a in range(10) for b in range(10)):
@@ -290,9 +309,9 @@ def plan_video_audio(plan: Planner) -> list[PlannedSample]:
         shift = plan.rng.randint(1, len(CONCEPTS) - 1)
         for number, seen in enumerate(CONCEPTS):
             other = CONCEPTS[(number + shift) % len(CONCEPTS)]
-            for heard, answer in ((seen, "same"), (other, "different")):
+            for heard in (seen, other):
                 video = Video(seen, plan.rng.choice(MOTIONS), plan.media_seed(), plan.clip(heard))
-                samples.append(plan.sample("video_audio", "same_or_different", answer, video, license=PICTURE_LICENSE))
+                samples.append(_comparison(plan, "video_audio", seen, heard, video, license=PICTURE_LICENSE))
     for _ in range(plan.begin("video_said")):
         for heard in CONCEPTS:
             video = Video(plan.rng.choice(CONCEPTS), plan.rng.choice(MOTIONS), plan.media_seed(), plan.clip(heard))
@@ -315,7 +334,12 @@ def plan_dialogue(plan: Planner) -> list[PlannedSample]:
     """The media tasks and a few more in written form, and sums."""
     rounds, times = plan.begin("exercise_rounds"), plan.begin("text_sum")
     written = texts.dialogues(plan.split, rounds, plan.seed) + texts.sums(times)
-    return [plan.sample(task, question, answer) for task, question, answer in written]
+    return [
+        _comparison(plan, task, *question.split("\n")[:2], question=question)  # its names are its first two lines
+        if task == "text_same"
+        else plan.sample(task, question, answer)
+        for task, question, answer in written
+    ]
 
 
 def plan_text(plan: Planner) -> list[PlannedSample]:

@@ -131,7 +131,7 @@ def _exercises(rng: random.Random, phrases: tuple[str, ...]) -> Iterator[tuple[s
         for said in (name, " ".join(fillers), " ".join(rng.sample(fillers, len(fillers)))):
             yield "text_find", ask(said, "audio_find"), name
         yield "text_count_words", ask(words, "count_words"), str(len(words.split()))
-        for _ in range(3):  # on lines of their own: after a space a name is another token, hard to compare
+        for _ in range(2):  # on lines of their own: after a space a name is another token, hard to compare
             first, second = rng.sample(CONCEPTS, 2)
             yield "text_same", ask(f"{first}\n{first}", "same_or_different"), "same"
             yield "text_same", ask(f"{first}\n{second}", "same_or_different"), "different"

@@ -126,6 +126,11 @@ def render(content: dict[str, Any], loss_on: str = "assistant", add_generation_p
     return builder.pieces
 
 
+def final_answer(text: str) -> str:
+    """What a reply says after its reasoning; all of it where it has none."""
+    return text.rpartition("</think>")[2].lstrip("\n")
+
+
 def _last_question(roles: Sequence[str], messages: Sequence[dict[str, Any]]) -> int:
     """Number of the last message of a user that is no tool's answer; the last message's where there is none."""
     for number in reversed(range(len(messages))):

@@ -17,6 +17,7 @@ from omni_train.data.audio import decode_audio, log_mel
 from omni_train.data.chatml import (
     Piece,
     check_members,
+    final_answer,
     modality_of,
     render,
     tokenize,
@@ -112,8 +113,8 @@ class Encoder:
         """(prompt, reference) for evaluation by generation.
 
         The prompt is all that stands before the last assistant message and ends in ``<|im_start|>assistant\\n``,
-        without labels; the reference is that message's text. Raises ValueError for a sample without an assistant
-        message.
+        without labels; the reference is that message's text after its reasoning. Raises ValueError for a sample
+        without an assistant message.
         """
         try:
             messages = sample.content.get("messages", [])
@@ -123,14 +124,13 @@ class Encoder:
             reply = messages[replies[-1]]["content"]
             if not isinstance(reply, str):
                 reply = "".join(part["text"] for part in reply or [] if part["type"] == "text")
-            reply = reply.rpartition("</think>")[2].lstrip("\n")  # what is compared is what was said, not thought
             content = {**sample.content, "messages": messages[: replies[-1]]}
             if not content["messages"]:
                 raise ValueError("nothing stands before its assistant message")
             prompt = self._encode(sample.id, content, sample.members, add_generation_prompt=True)
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
-        return dataclasses.replace(prompt, labels=np.full_like(prompt.labels, IGNORE_INDEX)), reply
+        return dataclasses.replace(prompt, labels=np.full_like(prompt.labels, IGNORE_INDEX)), final_answer(reply)
 
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from omni_train.config import ConfigError, Control, RunConfig, ShardsConfig
+from omni_train.data.chatml import final_answer
 from omni_train.data.contracts import DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
 from omni_train.data.index import check_bad_samples
@@ -115,7 +116,7 @@ def answer_all(
     max_new_tokens: int,
     control: Control | None = None,
 ) -> list[tuple[str, str]]:
-    """(answer, reference) of this rank's share of the samples, or of a control on them.
+    """(answer, reference) of this rank's share of the samples, or of a control on them; reasoning is left out.
 
     In the order of the samples. Collective: ranks run equally many batches.
     """
@@ -142,7 +143,8 @@ def answer_all(
             max_new_tokens=max_new_tokens,
             is_open_anywhere=lambda is_open: parallel.any_rank(is_open, ranks.device),
         )
-        found |= {n: encoder.tokenizer.decode(row).strip() for n, row in zip(chosen, answers, strict=False)}
+        said = [final_answer(encoder.tokenizer.decode(row)).strip() for row in answers]
+        found |= dict(zip(chosen, said, strict=False))
     return [(found[n], reference.strip()) for n, (_, reference) in enumerate(prompts)]
 
 

@@ -21,6 +21,7 @@ import torch
 
 from omni_train.config import ConfigError, nearest
 from omni_train.config.post_training import RewardConfig
+from omni_train.data.chatml import final_answer
 
 NUMBER = re.compile(r"[-−+]?\d[\d,]*(?:\.\d+)?")
 
@@ -42,7 +43,7 @@ class Answered:
     @property
     def final(self) -> str:
         """What is said after the reasoning, without white space around it."""
-        return self.text.rpartition("</think>")[2].strip()
+        return final_answer(self.text).strip()
 
 
 Rule = Callable[[Sequence[Answered]], list[float]]
