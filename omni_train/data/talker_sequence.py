@@ -118,6 +118,12 @@ def user_index(input_ids: np.ndarray, tokens: SpeechTokens) -> np.ndarray:
     return np.flatnonzero(is_user)
 
 
+def media_index(document: Document, tokens: SpeechTokens) -> np.ndarray:
+    """Positions of the media in the user's turns, int64 [M]."""
+    user = user_index(document.input_ids, tokens)
+    return user[_is_media(document.input_ids[user], tokens.ids)]
+
+
 def reply_tokens(input_ids: np.ndarray, tokens: SpeechTokens) -> np.ndarray:
     """The text of the last turn, which is spoken: from its fourth token to its end.
 
@@ -223,12 +229,11 @@ def talker_sequence(
     spoken = np.full(num_frames, tokens.ids.tts_pad)
     spoken[: len(reply)] = [*reply[1:], tokens.ids.tts_eos]
     text_ids = np.concatenate([before, opening_text, spoken]).astype(np.int64)
-    user = user_index(document.input_ids, tokens)
     return Speech(
         text_ids=text_ids,
         codec_ids=np.concatenate([no_codes, opening_codes]).astype(np.int64),
         position_ids=talker_positions(document, text_ids, len(before), tokens.ids, geometry),
-        media_index=user[_is_media(document.input_ids[user], tokens.ids)],
+        media_index=media_index(document, tokens),
         codes=codes,
         input_codes=codes,
         end_label=format.talker.tokens.eos,

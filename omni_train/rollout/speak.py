@@ -8,7 +8,7 @@ altered, delayed or cut before it is spoken (a filter, a reading of numbers, ano
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -20,11 +20,11 @@ from transformers import DynamicCache
 from omni_train.data.contracts import Document, Pack
 from omni_train.data.encode import collate
 from omni_train.data.media_tokens import MediaGeometry
-from omni_train.data.talker_sequence import SpeechFormat, context, opening, speaker_row, talker_positions, user_index
+from omni_train.data.talker_sequence import SpeechFormat, context, media_index, opening, speaker_row, talker_positions
 from omni_train.models.talker import Talker, ThinkerStates
 from omni_train.models.thinker import LanguageModel, Thinker
 from omni_train.models.towers import MediaEmbeds
-from omni_train.rollout.generate import prompt_masks
+from omni_train.rollout.generate import left_pad, prompt_masks
 
 ChangeText = Callable[[Iterator[int]], Iterable[int]]
 """The tokens to speak, given those of the Thinker; pulled one by one as frames need them."""
@@ -46,20 +46,21 @@ class Sampling:
 MTP_SAMPLING = Sampling(temperature=1.0, top_p=0.8, repetition_penalty=1.0)
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None = None, before: Tensor | None = None):
-    """An index drawn from logits [V]; ``before``: indices drawn earlier, which the repetition penalty makes rarer."""
-    scores = logits_V.float()
-    if before is not None and sampling.repetition_penalty != 1.0:
-        seen = scores[before]
+def draw(
+    logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None = None, before_BN: Tensor | None = None
+) -> Tensor:
+    """Indices [B] drawn from logits; ``before_BN``: those drawn earlier, which the repetition penalty makes rarer."""
+    scores = logits_BV.float()
+    if before_BN is not None and sampling.repetition_penalty != 1.0:
+        seen = scores.gather(1, before_BN)
         penalised = torch.where(seen < 0, seen * sampling.repetition_penalty, seen / sampling.repetition_penalty)
-        scores = scores.index_put((before,), penalised)
+        scores = scores.scatter(1, before_BN, penalised)
     if sampling.temperature == 0:
-        return int(scores.argmax())
-    best, index = (scores / sampling.temperature).topk(min(sampling.top_k, len(scores)))
+        return scores.argmax(-1)
+    best, index = (scores / sampling.temperature).topk(min(sampling.top_k, scores.shape[1]), dim=-1)
     probabilities = best.softmax(-1)
-    is_kept = probabilities.cumsum(0) - probabilities < sampling.top_p
-    choice = torch.multinomial(probabilities * is_kept, 1, generator=generator)
-    return int(index[choice])
+    is_kept = probabilities.cumsum(-1) - probabilities < sampling.top_p
+    return index.gather(1, torch.multinomial(probabilities * is_kept, 1, generator=generator))[:, 0]
 
 
 @torch.no_grad()
@@ -83,80 +84,124 @@ def stream_text(
         logits = llm.step(llm.model.embed_tokens(token)[:, None], last + number, mask, cache)
 
 
+@dataclass(slots=True)
+class Utterance:
+    """What is to be said: ``text`` (tokens, pulled when a frame needs them) in the voice of ``speaker``, as reply to
+    the prompt ``document``, of whose user's turns ``media_states`` [M, H'] are the Thinker's states of media.
+    ``system``: the tokens of the Talker's own system prompt."""
+
+    document: Document
+    media_states: Tensor
+    text: Iterable[int]
+    speaker: str
+    system: Iterable[int] = ()
+
+
 @torch.no_grad()
 def speak(
     llm: LanguageModel,
     talker: Talker,
-    document: Document,
-    media_states: Tensor,
-    text: Iterable[int],
-    speaker: str,
+    utterances: Sequence[Utterance],
     format: SpeechFormat,
     geometry: MediaGeometry,
     *,
-    system: Iterable[int] = (),
     sampling: Sampling | None = None,
     mtp_sampling: Sampling = MTP_SAMPLING,
     max_frames: int = 4096,
     generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Frames of codes, int64 [G] each, that say ``text`` in the voice of ``speaker``, until the Talker ends.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Frames of codes, int64 [B, G], of all utterances side by side, and which of them still speak, bool [B].
 
-    ``document``: the prompt, up to the opening of the reply; ``media_states`` [M, H']: the Thinker's states of the
-    media in its user's turns. A token of ``text`` is pulled when a frame needs it. Raises ValueError for an unknown
-    speaker.
+    Ends when every one has. An utterance without text says nothing. Raises ValueError for an unknown speaker.
     """
     sampling, ids = sampling or Sampling(), format.tokens.ids
-    tokens = chain(format.tokens.head[3:], text)
-    first = next(tokens, None)
-    if first is None:
+    device = llm.lm_head.weight.device
+    texts = [chain(format.tokens.head[3:], utterance.text) for utterance in utterances]
+    firsts = [next(text, None) for text in texts]
+    texts = [chain(text, [ids.tts_eos]) for text in texts]
+    is_open = torch.tensor([first is not None for first in firsts], device=device)
+    if not is_open.any():
         return
-    spoken = chain(tokens, [ids.tts_eos])
-    before, no_codes = context(document, list(system), format.tokens)
-    opening_text, opening_codes = opening(first, speaker_row(speaker, format.talker), format)
-    text_ids = np.concatenate([before, opening_text]).astype(np.int64)
-    positions = torch.from_numpy(talker_positions(document, text_ids, len(before), ids, geometry))
-    device = media_states.device
-    text_T = torch.from_numpy(text_ids).to(device)
-    codec_T = torch.from_numpy(np.concatenate([no_codes, opening_codes]).astype(np.int64)).to(device)
-    embeds = talker.embed_context(text_T, codec_T, ThinkerStates(llm.model.embed_tokens(text_T), media_states))
-    length = len(text_ids)
-    position_ids = torch.cat([torch.arange(length)[None], positions]).to(device)
-    last = torch.stack([position_ids[0].amax(), *[position_ids[1:].amax()] * 3])[:, None, None]
-    _, mask = prompt_masks(torch.tensor([length], device=device))
+    rows = [
+        _opened(llm, talker, utterance, ids.tts_pad if first is None else first, format, geometry)
+        for utterance, first in zip(utterances, firsts, strict=True)
+    ]
+    lengths = torch.tensor([len(embeds) for embeds, _ in rows], device=device)
+    starts, width = [0, *lengths.cumsum(0).tolist()], int(lengths.max())
+    embeds = left_pad(torch.cat([embeds for embeds, _ in rows]), starts, width)
+    positions = left_pad(torch.cat([position_ids for _, position_ids in rows], dim=1).T, starts, width).permute(2, 0, 1)
+    last = torch.stack([lengths - 1, *[positions[1:].amax(dim=(0, 2))] * 3])[:, :, None]
+    is_real, mask = prompt_masks(lengths)
     cache = DynamicCache(config=talker.config)
-    hidden = talker.step(embeds[None], position_ids[:, None], mask, cache)
-    drawn = torch.empty(0, dtype=torch.long, device=device)
+    hidden = talker.step(embeds, positions, mask, cache)
+    drawn = torch.empty(len(rows), 0, dtype=torch.long, device=device)
     may_speak = torch.arange(talker.config.vocab_size, device=device) < format.talker.codebook_size
     may_speak[format.talker.tokens.eos] = True
     for number in range(1, max_frames + 1):
-        logits = talker.talker.codec_head(hidden)[0].masked_fill(~may_speak, -torch.inf)
-        code = draw(logits, sampling, generator, drawn)
-        if code == format.talker.tokens.eos:
+        logits = talker.talker.codec_head(hidden).masked_fill(~may_speak, -torch.inf)
+        codes = draw(logits, sampling, generator, drawn)
+        is_open = is_open & (codes != format.talker.tokens.eos)
+        if not is_open.any():
             return
-        frame = residual_codes(talker, hidden, code, mtp_sampling, generator)
-        yield frame
-        drawn = torch.cat([drawn, frame[:1]])
-        token = torch.tensor([next(spoken, ids.tts_pad)], device=device)
-        embeds = talker.embed_frame(frame[:, None], llm.model.embed_tokens(token))
-        mask = torch.ones(1, 1, 1, length + number, dtype=torch.bool, device=device)
-        hidden = talker.step(embeds[None], last + number, mask, cache)
+        codes = codes * is_open  # what has ended goes on with code 0, unheard
+        frames = residual_codes(talker, hidden, codes, mtp_sampling, generator)
+        yield frames, is_open
+        drawn = torch.cat([drawn, codes[:, None]], dim=1)
+        tokens = torch.tensor([next(text, ids.tts_pad) for text in texts], device=device)
+        embeds = talker.embed_frame(frames.T, llm.model.embed_tokens(tokens))
+        is_real = torch.cat([is_real, torch.ones_like(is_real[:, :1])], dim=1)
+        hidden = talker.step(embeds[:, None], last + number, is_real[:, None, None, :], cache)
+
+
+def _opened(
+    llm: LanguageModel,
+    talker: Talker,
+    utterance: Utterance,
+    first: int,
+    format: SpeechFormat,
+    geometry: MediaGeometry,
+) -> tuple[Tensor, Tensor]:
+    """(inputs [S, H], positions [4, S]) of all that stands before an utterance's first frame."""
+    ids, device = format.tokens.ids, utterance.media_states.device
+    before, no_codes = context(utterance.document, list(utterance.system), format.tokens)
+    opening_text, opening_codes = opening(first, speaker_row(utterance.speaker, format.talker), format)
+    text_ids = np.concatenate([before, opening_text]).astype(np.int64)
+    positions = torch.from_numpy(talker_positions(utterance.document, text_ids, len(before), ids, geometry))
+    text = torch.from_numpy(text_ids).to(device)
+    codec = torch.from_numpy(np.concatenate([no_codes, opening_codes]).astype(np.int64)).to(device)
+    states = ThinkerStates(llm.model.embed_tokens(text), utterance.media_states)
+    position_ids = torch.cat([torch.arange(len(text_ids))[None], positions]).to(device)
+    return talker.embed_context(text, codec, states), position_ids
 
 
 def residual_codes(
-    talker: Talker, hidden: Tensor, code: int, sampling: Sampling, generator: torch.Generator | None
+    talker: Talker, hidden_BH: Tensor, codes_B: Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> Tensor:
-    """A frame's codes [G] from its first one and the Talker's output [1, H] that it was drawn from, by the MTP."""
+    """All codes [B, G] of frames from their first ones and the Talker's outputs that those were drawn from, by the
+    MTP."""
     predictor = talker.talker.code_predictor
-    codes = torch.tensor([code], device=hidden.device)
+    codes = [codes_B]
     cache = DynamicCache(config=predictor.config)
-    embeds = torch.stack([hidden, talker.talker.model.codec_embedding(codes)], dim=1)
-    tables = [*predictor.model.codec_embedding]
-    for head, table in zip(predictor.lm_head, tables, strict=True):
+    embeds = torch.stack([hidden_BH, talker.talker.model.codec_embedding(codes_B)], dim=1)
+    for head, table in zip(predictor.lm_head, [*predictor.model.codec_embedding], strict=True):
         output = predictor.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
-        drawn = torch.tensor([draw(head(output[0, -1]), sampling, generator)], device=hidden.device)
-        codes, embeds = torch.cat([codes, drawn]), table(drawn)[:, None]
-    return codes
+        codes.append(draw(head(output[:, -1]), sampling, generator))
+        embeds = table(codes[-1])[:, None]
+    return torch.stack(codes, dim=1)
+
+
+@torch.no_grad()
+def media_states(
+    thinker: Thinker, prompts: Sequence[Document], format: SpeechFormat, geometry: MediaGeometry
+) -> list[Tensor]:
+    """What the Talker reads of the media in the user's turns of each prompt, [M, H'] of a prompt."""
+    pack = collate(prompts, patch_dim=geometry.patch_dim).to(thinker.llm.lm_head.weight.device)
+    hidden = thinker.llm.hidden_states(pack, thinker.towers(pack), format.talker.accept_hidden_layer)
+    starts = pack.cu_seqlens.tolist()
+    return [
+        hidden[start + torch.from_numpy(media_index(prompt, format.tokens)).to(hidden.device)]
+        for start, prompt in zip(starts, prompts, strict=False)
+    ]
 
 
 @torch.no_grad()
@@ -169,6 +214,7 @@ def answer_in_speech(
     geometry: MediaGeometry,
     *,
     change: ChangeText = iter,
+    system: Iterable[int] = (),
     max_new_tokens: int = 1024,
     **options,
 ) -> Iterator[Tensor]:
@@ -176,9 +222,9 @@ def answer_in_speech(
     pack = collate([prompt], patch_dim=geometry.patch_dim).to(thinker.llm.lm_head.weight.device)
     media = thinker.towers(pack)
     hidden = thinker.llm.hidden_states(pack, media, format.talker.accept_hidden_layer)
-    user = user_index(prompt.input_ids, format.tokens)
-    is_media = np.isin(prompt.input_ids[user], talker.media_token_ids)
-    states = hidden[torch.from_numpy(user[is_media]).to(hidden.device)]
+    states = hidden[torch.from_numpy(media_index(prompt, format.tokens)).to(hidden.device)]
     stop_id = format.tokens.ids.im_end
     text = change(stream_text(thinker.llm, pack, media, stop_id=stop_id, max_new_tokens=max_new_tokens))
-    yield from speak(thinker.llm, talker, prompt, states, text, speaker, format, geometry, **options)
+    utterance = Utterance(prompt, states, text, speaker, system)
+    for frames, _ in speak(thinker.llm, talker, [utterance], format, geometry, **options):
+        yield frames[0]

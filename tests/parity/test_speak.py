@@ -15,7 +15,7 @@ from omni_train.data.contracts import Document
 from omni_train.data.talker_sequence import SpeechFormat, SpeechTokens
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.export import write_processor
-from omni_train.rollout.speak import Sampling, answer_in_speech, draw
+from omni_train.rollout.speak import Sampling, Utterance, answer_in_speech, draw, media_states, speak
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0)
 
@@ -122,18 +122,50 @@ def test_an_unknown_speaker_is_named(models, media):
         next(frames)
 
 
+@pytest.mark.parametrize("kinds", [("text", "image_audio", "video_audio"), ("audio",) * 3])
+def test_side_by_side_equals_alone(kinds, models, media):
+    """Prompts of different lengths; texts and ends of different lengths: each says what it says alone."""
+    format = SpeechFormat(MICRO.talker, SpeechTokens.of(load_tokenizer(tokenizer_folder())))
+    texts = [[5, 6, 7], [], [9] * 7]
+
+    def codes(chosen: list[int]) -> list[list]:
+        prompts = [prompt_of(kinds[n], media) for n in chosen]
+        states = media_states(models.thinker, prompts, format, encoder_of().geometry)
+        utterances = [
+            Utterance(prompt, own, iter(texts[n]), "aiden")
+            for prompt, own, n in zip(prompts, states, chosen, strict=True)
+        ]
+        options = {"sampling": GREEDY, "mtp_sampling": GREEDY, "max_frames": 14}
+        found: list[list] = [[] for _ in chosen]
+        for frames, is_open in speak(
+            models.thinker.llm, models.talker, utterances, format, encoder_of().geometry, **options
+        ):
+            for row, frame, still in zip(found, frames.tolist(), is_open.tolist(), strict=True):
+                row += [frame] if still else []
+        return found
+
+    weight, eos = models.talker.talker.codec_head.weight, MICRO.talker.tokens.eos
+    first = codes([0])[0]
+    with torch.no_grad():
+        weight[eos] = 1.01 * weight[first[-1][0]]  # the first one ends sooner
+        together, alone = codes([0, 1, 2]), [codes([n])[0] for n in range(3)]
+        weight[eos] = 0.0
+    assert together == alone and len(together[0]) < len(first)
+
+
 def test_drawing_follows_temperature_top_k_and_top_p():
-    logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
+    logits, generator = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.Generator().manual_seed(0)
 
     def shares(**options):
-        draws = [draw(logits, Sampling(repetition_penalty=1.0, **options), generator) for _ in range(2000)]
-        return torch.tensor(draws).bincount(minlength=4) / 2000
+        draws = draw(logits.expand(2000, 4), Sampling(repetition_penalty=1.0, **options), generator)
+        return draws.bincount(minlength=4) / 2000
 
-    assert (shares(temperature=0.5) - (logits / 0.5).softmax(0)).abs().max() < 0.04
-    expected = torch.cat([logits[:2].softmax(0), torch.zeros(2)])
+    assert (shares(temperature=0.5) - (logits[0] / 0.5).softmax(0)).abs().max() < 0.04
+    expected = torch.cat([logits[0, :2].softmax(0), torch.zeros(2)])
     assert (shares(temperature=1.0, top_k=2) - expected).abs().max() < 0.04
     assert (shares(temperature=1.0, top_p=0.7) - expected).abs().max() < 0.04  # 0.64 and the one that passes 0.7
-    assert draw(logits, Sampling(temperature=0)) == 0
+    assert draw(logits, Sampling(temperature=0)).tolist() == [0]
     penalised = Sampling(temperature=0, repetition_penalty=3.0)
-    assert draw(logits, penalised, before=torch.tensor([0])) == 1  # 2 / 3 < 1
-    assert draw(logits - 3, penalised, before=torch.tensor([0])) == 1  # −1 × 3 < −2
+    two = torch.cat([logits, logits - 3])
+    assert draw(two, penalised, before_BN=torch.tensor([[0], [0]])).tolist() == [1, 1]  # 2 / 3 < 1; −1 × 3 < −2
+    assert draw(two, penalised, before_BN=torch.tensor([[0, 0], [1, 3]])).tolist() == [1, 0]  # each row its own
