@@ -9,6 +9,7 @@ and the tokens of all pieces joined are the tokens of that text: pieces are cut 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
@@ -47,6 +48,8 @@ from omni_train.data.video import video_facts
 
 ROLES = ("system", "user", "assistant", "tool")
 PART_TYPES = ("text", "image", "audio", "video")
+SPEECH = "speech"
+"""The kind of an assistant's clip."""
 LOSS_ON = ("assistant", "last_turn", "all_text")
 ASSISTANT_PROMPT = f"{IM_START}assistant\n"
 
@@ -79,8 +82,8 @@ def render(content: dict[str, Any], loss_on: str = "assistant", add_generation_p
     "assistant": assistant text and its ``<|im_end|>``; "last_turn": that of the replies to the last question only;
     "all_text": everything but media. As in Qwen3's template, the reasoning of a reply (``reasoning_content``, or what
     stands in ``<think>``) is kept after the last question and left out before it; ``tools`` and ``tool_calls`` are
-    written out. Line breaks at the start of a reply are joined to the turn's head by the tokenizer and carry no loss of
-    a reply. Raises ValueError for a content that breaks the contract.
+    written out. A clip of the assistant is no part of the text. Line breaks at the start of a reply are joined to the
+    turn's head by the tokenizer and carry no loss of a reply. Raises ValueError for a content that breaks the contract.
     """
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on is {loss_on!r}; {_choices(loss_on, LOSS_ON)}")
@@ -151,8 +154,8 @@ def _tools_text(tools: Any) -> str:
 
 
 def _reply(message: dict[str, Any], number: int, keeps_reasoning: bool) -> list[tuple[str, str]]:
-    """The parts of an assistant's message: reasoning if it is kept, what is said, calls of tools."""
-    parts = _parts(message, number)
+    """The parts of an assistant's message: reasoning if it is kept, the text of what is said, calls of tools."""
+    parts = [part for part in _parts(message, number) if part[0] != SPEECH]
     is_text = all(kind == "text" for kind, _ in parts)
     text = "".join(value for _, value in parts) if is_text else ""
     reasoning = message.get("reasoning_content")
@@ -228,7 +231,10 @@ def _role(message: Any, number: int) -> str:
 
 
 def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
-    """(kind, text or member name) of each part of a message, neighbouring texts joined."""
+    """(kind, text or member name) of each part of a message, neighbouring texts joined.
+
+    A clip of the assistant is of kind ``speech``: how its text was said, which the Thinker does not hear.
+    """
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return []
@@ -258,6 +264,8 @@ def _parts(message: dict[str, Any], number: int) -> list[tuple[str, str]]:
             raise ValueError(f"message {number} has use_audio_in_video {use_sound!r}; it must be true or false")
         if kind == "video" and use_sound:
             kind = "video_audio"
+        if kind == "audio" and message.get("role") == "assistant":
+            kind = SPEECH
         parts.append((kind, value))
     return parts
 
@@ -340,18 +348,22 @@ def describe(
     if content.get("text") == "":
         raise ValueError("'text' is empty: nothing to learn from")
     check_members(content, members)
-    facts = []
-    for piece in pieces:
-        if piece.media is not None:
-            try:
-                facts.append(_READERS[str(piece.kind)](piece.media, members[piece.media]))
-            except ValueError as error:
-                raise ValueError(f"member {piece.media!r}: {error}") from error
+    facts = [_facts(str(piece.kind), piece.media, members) for piece in pieces if piece.media is not None]
+    for number, message in enumerate(content.get("messages", ())):
+        spoken = [name for kind, name in _parts(message, number) if kind == SPEECH]
+        facts += [dataclasses.replace(_facts("audio", name, members), kind=SPEECH) for name in spoken]
     if CODES in members or REJECTED in members:
         ids = np.array([token for piece in pieces for token in tokenize(piece.text, tokenizer)], dtype=np.int64)
         system = system_tokens(content.get("talker_system", ""), tokenizer)
         facts += speech_facts(members, ids, system, SpeechTokens.of(tokenizer))
     return count_text_tokens(pieces, tokenizer), facts
+
+
+def _facts(kind: str, name: str, members: dict[str, bytes]) -> MediaFacts:
+    try:
+        return _READERS[kind](name, members[name])
+    except ValueError as error:
+        raise ValueError(f"member {name!r}: {error}") from error
 
 
 def check_members(content: dict[str, Any], members: dict[str, bytes]) -> None:

@@ -20,8 +20,7 @@ from omni_train.data.audio import decode_audio
 from omni_train.data.layouts import read_content
 from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
 from omni_train.data.shard import DataError, SampleScan
-
-CODES = "codes.npy"
+from omni_train.data.talker_sequence import CODES
 
 
 def add_codes(shard: Path, out: Path, encode: Callable[[np.ndarray], np.ndarray], layout: LayoutConfig) -> int:
@@ -77,17 +76,3 @@ def to_npy(codes_GT: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, codes_GT.astype(np.int16))
     return file.getvalue()
-
-
-def read_codes(data: bytes, num_codebooks: int, codebook_size: int) -> np.ndarray:
-    """Codes int64 [G, T] of KEY.codes.npy. Raises ValueError for what is no such array; nothing is unpickled."""
-    codes = np.load(io.BytesIO(data), allow_pickle=False)
-    if codes.ndim != 2 or len(codes) != num_codebooks or codes.dtype != np.int16 or not codes.shape[1]:
-        raise ValueError(
-            f"member {CODES!r} is {codes.dtype} {list(codes.shape)}; it must be int16 [{num_codebooks}, frames]: "
-            "write it with the codec of this model"
-        )
-    if codes.min() < 0 or codes.max() >= codebook_size:
-        span = f"{codes.min()} … {codes.max()}"
-        raise ValueError(f"member {CODES!r} holds codes {span}; codebooks have {codebook_size} entries")
-    return codes.astype(np.int64)

@@ -26,9 +26,9 @@ MODALITIES = ("text", "audio", "image", "video", "video_audio")
 class MediaFacts:
     """What the planner must know of one media member to count its tokens without opening it.
 
-    ``kind`` is audio | image | video | codes. Audio: ``num_samples`` at ``sample_rate_hz`` (as stored). Image:
-    ``width`` and ``height`` in pixels. Video: width, height, ``num_frames``, ``fps``; ``has_audio`` with num_samples of
-    its sound.
+    ``kind`` is audio | image | video | codes | speech. Audio, and speech (an assistant's, in no Thinker's sequence):
+    ``num_samples`` at ``sample_rate_hz`` (as stored). Image: ``width`` and ``height`` in pixels. Video: width, height,
+    ``num_frames``, ``fps``; ``has_audio`` with num_samples of its sound.
     Codes (of a speech target, in no Thinker's sequence): ``num_frames``, and ``num_text_tokens`` of what the Talker
     reads before it speaks.
     """

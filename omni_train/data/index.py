@@ -27,7 +27,7 @@ from omni_train.data.contracts import BadSample, MediaFacts, SampleFacts
 from omni_train.data.rows import scan_samples
 from omni_train.data.shard import DataError, is_url, shard_size
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 INDEX_FORMAT = "omni-train shard index"
 
 Describe = Callable[[str, dict[str, bytes]], tuple[int, list[MediaFacts]]]

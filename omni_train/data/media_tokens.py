@@ -185,7 +185,7 @@ def media_num_tokens(facts: MediaFacts, geometry: MediaGeometry) -> int:
     inside a video (``<|audio_start|>`` … ``<|audio_end|>``) is counted here, because the rendered text does not show
     it.
     """
-    if facts.kind == "codes":  # in no Thinker's sequence
+    if facts.kind in ("codes", "speech"):  # in no Thinker's sequence
         return 0
     if facts.kind == "audio":
         return audio_num_tokens(audio_num_frames(facts.num_samples, facts.sample_rate_hz))
@@ -197,4 +197,4 @@ def media_num_tokens(facts: MediaFacts, geometry: MediaGeometry) -> int:
         if facts.has_audio:
             sound = 2 + audio_num_tokens(audio_num_frames(facts.num_samples, facts.sample_rate_hz))
         return grid_num_tokens(grid, geometry) + sound
-    raise ValueError(f"media kind of {facts.member} is {facts.kind!r}; it must be audio, image, video or codes")
+    raise ValueError(f"media kind of {facts.member} is {facts.kind!r}; it must be audio, image, video, codes or speech")

@@ -36,7 +36,7 @@ class SpeechEncoder:
 
     def num_tokens(self, facts: SampleFacts) -> int:
         """Codec frames of the sample's clips. Raises ValueError for a sample without one."""
-        clips = [media for media in facts.media if media.kind == "audio"]
+        clips = [media for media in facts.media if media.kind in ("audio", "speech")]
         if not clips:
             raise ValueError(f"sample {facts.key} has no audio; a codec stage takes sources of sound only")
         return sum(codec_num_frames(clip.num_samples, clip.sample_rate_hz) for clip in clips)

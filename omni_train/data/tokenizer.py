@@ -115,12 +115,16 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if tools and loop.first and message.role == 'system' -%}
     {%- elif message.role == 'assistant' -%}
-        {%- set text = body(message.content) -%}
+        {%- set content = message.content -%}
+        {%- if content and content is not string -%}
+            {%- set content = content | rejectattr('type', 'equalto', 'audio') | list -%}
+        {%- endif -%}
+        {%- set text = body(content) -%}
         {%- set reasoning = '' -%}
         {%- if message.reasoning_content is string -%}
             {%- set reasoning = message.reasoning_content -%}
-        {%- elif '</think>' in text and (message.content is string or
-                 message.content | rejectattr('type', 'equalto', 'text') | list | length == 0) -%}
+        {%- elif '</think>' in text and (content is string or
+                 content | rejectattr('type', 'equalto', 'text') | list | length == 0) -%}
             {%- set reasoning = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
             {%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
         {%- endif -%}

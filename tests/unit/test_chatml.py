@@ -62,6 +62,21 @@ def test_loss_on_all_text_leaves_out_media_only():
     assert joined(pieces) == joined(render(TWO_TURNS))
 
 
+def test_the_assistants_clip_is_no_part_of_the_text(tokenizer):
+    """It is what a Talker learns to say and a codec to keep; the Thinker reads what was said."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(2400), 24_000, format="FLAC")
+    reply = [{"type": "text", "text": "red dog"}, {"type": "audio", "audio": "a.flac"}]
+    spoken = {"messages": [{"role": "user", "content": "say: red dog"}, {"role": "assistant", "content": reply}]}
+    silent = {"messages": [spoken["messages"][0], {"role": "assistant", "content": "red dog"}]}
+    assert render(spoken) == render(silent) and modality_of(spoken) == "text"
+    num_tokens, facts = describe(spoken, {"a.flac": file.getvalue()}, tokenizer)
+    assert num_tokens == describe(silent, {}, tokenizer)[0]
+    assert [(fact.kind, fact.num_samples, fact.sample_rate_hz) for fact in facts] == [("speech", 2400, 24_000)]
+    with pytest.raises(ValueError, match=r"names speech member 'a\.flac', which is missing"):
+        describe(spoken, {}, tokenizer)
+
+
 def test_plain_text_ends_and_carries_loss_either_way():
     for loss_on in ("assistant", "all_text"):
         assert render({"text": "once upon"}, loss_on) == [Piece("once upon<|endoftext|>", True)]

@@ -10,6 +10,7 @@ import webdataset
 
 from omni_train.data.contracts import BadSample, MediaFacts, SampleFacts
 from omni_train.data.index import (
+    INDEX_VERSION,
     ShardIndex,
     build_index,
     check_shard,
@@ -69,7 +70,7 @@ def test_missing_stale_and_damaged_indexes_name_the_command(tmp_path):
         text.rsplit("\n", 2)[0] + "\n",
         "",
         "{}\n",
-        text.replace('"version": 2', '"version": 9'),
+        text.replace(f'"version": {INDEX_VERSION}', '"version": 9'),
     ):
         sidecar.write_text(damaged)
         with pytest.raises(DataError, match=f"is damaged or of another version .*; {command}"):

@@ -13,12 +13,13 @@ import torch
 import webdataset
 
 from omni_train.config import LayoutConfig
-from omni_train.data.codes import CODES, add_codes, read_codes, speech_member, to_npy
+from omni_train.data.codes import add_codes, speech_member
 from omni_train.data.contracts import MediaFacts, Sample, SampleFacts
 from omni_train.data.encode import RangeError, collate
 from omni_train.data.media_tokens import codec_num_frames
 from omni_train.data.shard import DataError, SampleScan
 from omni_train.data.speech import SpeechEncoder
+from omni_train.data.talker_sequence import CODES, read_codes
 
 FRAME = 1920
 
@@ -130,7 +131,7 @@ def test_new_shards_hold_what_the_old_did_and_the_codes(shard, tmp_path):
     assert CODES not in new[0].members
     found = np.load(io.BytesIO(new[2].members[CODES]))
     assert found.dtype == np.int16 and found.shape == (2, 2)
-    np.testing.assert_array_equal(found, read_codes(new[2].members[CODES], 2, 128))
+    np.testing.assert_array_equal(found, read_codes(new[2].members[CODES]))
     again = tmp_path / "again" / shard.name
     add_codes(out, again, first_samples, LayoutConfig())  # codes that are there are made anew
     assert again.read_bytes() == out.read_bytes()
@@ -145,15 +146,3 @@ def test_a_shard_that_cannot_be_read_leaves_nothing_behind(shard, tmp_path):
     with pytest.raises(DataError, match="k1.*too loud|too loud.*k1"):
         add_codes(shard, tmp_path / "new" / "x.tar", fail, LayoutConfig())
     assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_codes_of_another_codec_are_refused():
-    codes = np.array([[0, 1, 2], [3, 4, 5]])
-    assert read_codes(to_npy(codes), 2, 6).tolist() == codes.tolist()
-    for num_codebooks, size, match in ((4, 6, r"int16 \[4, frames\]"), (2, 5, "codebooks have 5 entries")):
-        with pytest.raises(ValueError, match=match):
-            read_codes(to_npy(codes), num_codebooks, size)
-    pickled = io.BytesIO()
-    np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle"):
-        read_codes(pickled.getvalue(), 1, 5)
