@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,7 +60,8 @@ CODES_EPILOG = """examples:
   omni-train data codes speech --codec mimi --out speech_codes --codebooks 16     a local folder of transformers' Mimi
 
 The speech of a sample is the clip of its last reply, else its only clip. Every shard is written anew under --out with
-KEY.codes.npy (int16 [codebooks, frames]) beside its other members; those without speech are copied.
+KEY.codes.npy (int16 [codebooks, frames]) beside its other members; those without speech are copied, and a tokenizer/
+beside them, so that --out is a data.root. Under torchrun the ranks share the shards.
 """
 
 LAYOUT_EPILOG = """Layouts of a sample:
@@ -73,7 +75,7 @@ what is missing by itself.
 """
 
 ASSEMBLE_EPILOG = """examples:
-  omni-train assemble omni model=tiny +init.all=runs/tiny/s3_long_context/export \\
+  omni-train assemble omni model=tiny +init.thinker=runs/tiny/s3_long_context/export \\
     +init.talker=runs/tiny/talker_cpt/export +init.mtp=runs/tiny/talker_cpt/export \\
     +init.code2wav=runs/tiny/code2wav/export
 
@@ -129,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--yarn", choices=["on", "off"], default="on", help="off: drop the folder's YaRN")
     evaluate.add_argument("--tasks", nargs="*", help="only these tasks of an export folder")
     evaluate.add_argument("--window-sec", type=int, nargs="+", help="windows of an AuT export (default 1 8)")
+    evaluate.add_argument("--through", help="of a Talker's export: the export of Code2Wav that it is heard through")
     evaluate.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. engine=cpu1")
 
     export = commands.add_parser("export", help="copy a finished stage's transformers folder")
@@ -271,6 +274,7 @@ def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
             tasks=options.tasks,
             use_yarn=options.yarn == "on",
             window_sec=options.window_sec,
+            through=Path(options.through) if options.through else None,
         )
         jobs = [job]
     else:
@@ -284,8 +288,6 @@ def command_eval(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
-    import shutil
-
     source = Path(options.run) / "export"
     if not source.is_dir():
         raise ConfigError(f"'{options.run}' has no export/ folder: the stage is not finished; resume it")
@@ -367,12 +369,16 @@ def write_codes(options: argparse.Namespace, layout: configuration.LayoutConfig)
 
     encode = load_codec(Path(options.codec), options.codebooks)
     root, total = Path(options.folder), 0
-    for shard in expand([f"{options.folder}/{options.only}"]):
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    shards = expand([f"{options.folder}/{options.only}"])
+    if rank == 0 and (root / "tokenizer").is_dir():
+        shutil.copytree(root / "tokenizer", Path(options.out) / "tokenizer", dirs_exist_ok=True)
+    for shard in shards[rank::world]:
         out = Path(options.out) / Path(shard).relative_to(root)
         num_coded = add_codes(Path(shard), out, encode, layout)
         total += num_coded
         print(f"{out}: {num_coded:,} samples with codes", flush=True)
-    if not total:
+    if not total and world == 1:
         raise ConfigError(f"no sample under '{options.folder}' has speech; see --only and --layout")
     return 0
 

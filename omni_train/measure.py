@@ -7,26 +7,30 @@ export folder ───────job_of_export─▶
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_train import config as configuration
 from omni_train.config import ConfigError, Objective, RunConfig
-from omni_train.recipe import Measurement, Recipe, RecipeStage, base_overrides
+from omni_train.recipe import Measurement, Recipe, base_overrides, stage_overrides
 
 if TYPE_CHECKING:
+    from omni_train.engine.parallel import Ranks
     from omni_train.evaluation.capabilities import Answers
 
 
 @dataclass(slots=True)
 class Job:
-    """One measurement, ready to run: the export, the configuration of the stage that wrote it, {task: source}."""
+    """One measurement, ready to run: the export, the configuration of the stage that wrote it, {task: source}, and for
+    speech the export of Code2Wav that it is heard ``through``."""
 
     config: RunConfig
     folder: Path
     tasks: dict[str, str]
     measurement: Measurement
+    through: Path | None = None
 
 
 def jobs_of_run(recipe: Recipe, run_dir: Path, only_stage: str | None, overrides: list[str]) -> list[Job]:
@@ -35,8 +39,12 @@ def jobs_of_run(recipe: Recipe, run_dir: Path, only_stage: str | None, overrides
     for stage in [recipe.stage(only_stage)] if only_stage else recipe.stages:
         for measurement in stage.evaluate:
             writer = recipe.stage(measurement.of or stage.stage)
-            if (run_dir / writer.stage / "export").is_dir():
-                jobs.append(_job(recipe, writer, run_dir / writer.stage / "export", measurement, overrides))
+            folder = run_dir / writer.stage / "export"
+            if folder.is_dir():
+                config = configuration.load(writer.stage, stage_overrides(recipe, writer, run_dir, overrides))
+                check_through(config, measurement.through)
+                through = run_dir / measurement.through / "export" if measurement.through else None
+                jobs.append(Job(config, folder, tasks_of(recipe, measurement), measurement, through))
     if not jobs:
         raise ConfigError(f"'{run_dir}' has no export of a stage that recipe '{recipe.name}' measures; train it first")
     return jobs
@@ -51,6 +59,7 @@ def job_of_export(
     tasks: list[str] | None,
     use_yarn: bool,
     window_sec: list[int] | None,
+    through: Path | None = None,
 ) -> Job:
     """One measurement of an export folder, by default of all tasks, with answers as long as the recipe asks of any.
 
@@ -67,52 +76,91 @@ def job_of_export(
     measurement = Measurement(tasks=tasks or every, use_yarn=use_yarn, window_sec=windows)
     asked = [own.max_new_tokens for stage in recipe.stages for own in stage.evaluate]
     measurement.max_new_tokens = max([measurement.max_new_tokens, *asked])
-    return _job(recipe, writer, folder, measurement, overrides)
+    config = configuration.load(writer.stage, [*base_overrides(recipe, writer), *overrides])
+    check_through(config, through)
+    return Job(config, folder, tasks_of(recipe, measurement), measurement, through)
 
 
-def _job(recipe: Recipe, stage: RecipeStage, folder: Path, measurement: Measurement, overrides: list[str]) -> Job:
-    config = configuration.load(stage.stage, [*base_overrides(recipe, stage), *overrides])
-    return Job(config, folder, {task: recipe.source_of(task) for task in measurement.tasks}, measurement)
+def tasks_of(recipe: Recipe, measurement: Measurement) -> dict[str, str]:
+    """{task: source} of a measurement."""
+    return {task: recipe.source_of(task) for task in measurement.tasks}
+
+
+def check_through(config: RunConfig, through: str | Path | None) -> None:
+    """Raise ConfigError for a Talker without the Code2Wav that it is heard through, or another stage with one."""
+    is_talker = config.stage.objective in (Objective.talker, Objective.talker_dpo)
+    if is_talker and not through:
+        raise ConfigError(
+            f"{config.stage.name} is heard through Code2Wav: name its stage in the recipe's evaluate.through, or give "
+            "--through EXPORT"
+        )
+    if through and not is_talker:
+        raise ConfigError(f"'through' has no effect on {config.stage.name}, which is no Talker's stage; leave it out")
+
+
+@dataclass(slots=True)
+class Finding:
+    """What a job found out about a task: figures and their controls by name, {figure: {language: [value, control]}},
+    (answer, reference) of the items."""
+
+    name: str
+    figures: dict[str, float]
+    controls: dict[str, float]
+    pairs: list[tuple[str, str]]
+    by_lang: dict[str, dict[str, list[float | None]]]
 
 
 def measure(jobs: list[Job], split: str, run_dir: Path | None) -> None:
     """Run the jobs and print a line a task; figures go to ``run_dir``'s results.json. Collective: all ranks call it."""
     from omni_train.engine import parallel
-    from omni_train.evaluation.capabilities import answer_tasks
-    from omni_train.evaluation.speech import speech_figures
-    from omni_train.evaluation.transcription import transcribe_tasks
     from omni_train.reporting.results import add_by_lang, add_capabilities
 
     ranks = parallel.start(jobs[0].config.engine)
     for job in jobs:
-        wanted = job.measurement
-        if job.config.stage.objective in (Objective.codec, Objective.code2wav):
-            for found in speech_figures(job.config, job.folder, job.tasks, split, ranks, run_dir):
-                if ranks.is_main:
-                    print(_line(found.name, len(found.pairs), found.figures, found.controls), flush=True)
-                    if run_dir is not None:
-                        add_capabilities(run_dir, found.figures, found.controls)
-            continue
-        what = (job.config, job.folder, job.tasks, split, ranks, wanted.max_new_tokens)
-        if wanted.window_sec:
-            answered = transcribe_tasks(*what, wanted.window_sec)
-        else:
-            answered = answer_tasks(*what, use_yarn=wanted.use_yarn, control=None if wanted.name else wanted.control)
-        for task in answered:
-            figures, controls = _scores(task)
-            if wanted.name:
-                figures, controls = {}, {f"{name}/{wanted.name}": value for name, value in figures.items()}
-            if ranks.is_main:
-                print(_line(task.name, len(task.pairs), figures, controls), flush=True)
-                for answer, reference in [pair for pair in task.pairs if pair[0] != pair[1]][:2]:
-                    print(f"      heard or saw {reference!r}, answered {answer!r}", flush=True)
-                by_lang = {lang: _scores(own) for lang, own in task.by_lang().items()} if wanted.by_lang else {}
-                for line in _table(by_lang):
-                    print(f"      {line}", flush=True)
-                if run_dir is not None:
-                    add_capabilities(run_dir, figures, controls)
-                    add_by_lang(run_dir, _by_figure(by_lang))
+        for found in findings(job, split, ranks, run_dir):
+            if not ranks.is_main:
+                continue
+            if name := job.measurement.name:  # a comparison stands beside the task's own figures
+                found.controls = {f"{key}/{name}": value for key, value in found.figures.items()}
+                found.figures = {}
+            print(_line(found), flush=True)
+            for answer, reference in [pair for pair in found.pairs if pair[0] != pair[1]][:2]:
+                print(f"      expected {reference!r}, found {answer!r}", flush=True)
+            for line in _table(found.by_lang):
+                print(f"      {line}", flush=True)
+            if run_dir is not None:
+                add_capabilities(run_dir, found.figures, found.controls)
+                add_by_lang(run_dir, found.by_lang)
     parallel.stop()
+
+
+def findings(job: Job, split: str, ranks: Ranks, run_dir: Path | None) -> Iterator[Finding]:
+    """What a job finds out, task by task: by transcripts of AuT, answers of a Thinker, or speech that is heard.
+    Collective."""
+    from omni_train.evaluation.capabilities import answer_tasks
+    from omni_train.evaluation.speaking import talker_figures
+    from omni_train.evaluation.speech import speech_figures
+    from omni_train.evaluation.transcription import transcribe_tasks
+
+    wanted, what = job.measurement, (job.config, job.folder, job.tasks, split, ranks)
+    match job.config.stage.objective:
+        case Objective.codec | Objective.code2wav:
+            heard = speech_figures(*what, run_dir)
+        case Objective.talker | Objective.talker_dpo:
+            assert job.through is not None  # check_through
+            heard = talker_figures(*what, run_dir, job.through)
+        case _:
+            if wanted.window_sec:
+                answered = transcribe_tasks(*what, wanted.max_new_tokens, wanted.window_sec)
+            else:
+                control = None if wanted.name else wanted.control
+                answered = answer_tasks(*what, wanted.max_new_tokens, use_yarn=wanted.use_yarn, control=control)
+            for task in answered:
+                own = {lang: _scores(part) for lang, part in task.by_lang().items()} if wanted.by_lang else {}
+                yield Finding(task.name, *_scores(task), task.pairs, _by_figure(own))
+            return
+    for speech in heard:
+        yield Finding(speech.name, speech.figures, speech.controls, speech.pairs, {})
 
 
 def _scores(task: Answers) -> tuple[dict[str, float], dict[str, float]]:
@@ -132,10 +180,10 @@ def _by_figure(by_lang: dict[str, tuple[dict, dict]]) -> dict[str, dict[str, lis
     return found
 
 
-def _table(by_lang: dict[str, tuple[dict, dict]]) -> list[str]:
+def _table(by_figure: dict[str, dict[str, list[float | None]]]) -> list[str]:
     """A line a figure: its value by language, the control in brackets."""
     rows = []
-    for name, values in _by_figure(by_lang).items():
+    for name, values in by_figure.items():
         cells = [
             f"{lang or '-'} {value:.2f}" + ("" if control is None else f" ({control:.2f})")
             for lang, (value, control) in values.items()
@@ -144,10 +192,10 @@ def _table(by_lang: dict[str, tuple[dict, dict]]) -> list[str]:
     return rows
 
 
-def _line(task: str, items: int, figures: dict[str, float], controls: dict[str, float]) -> str:
+def _line(found: Finding) -> str:
     parts = [
-        f"{name} {value:.3f}" + (f" (control {controls[name]:.3f})" if name in controls else "")
-        for name, value in figures.items()
+        f"{name} {value:.3f}" + (f" (control {found.controls[name]:.3f})" if name in found.controls else "")
+        for name, value in found.figures.items()
     ]
-    parts += [f"{name} {value:.3f}" for name, value in controls.items() if name not in figures]
-    return f"  {task}, {items} items: {', '.join(parts)}"
+    parts += [f"{name} {value:.3f}" for name, value in found.controls.items() if name not in found.figures]
+    return f"  {found.name}, {len(found.pairs)} items: {', '.join(parts)}"

@@ -19,11 +19,12 @@ class Measurement:
     ``of`` names another, earlier stage whose export to take. A ``name`` makes it a comparison: its figures are printed
     beside the task's own, as ``TASK_exact/NAME``. ``window_sec`` are the attention windows of an AuT export.
     ``by_lang`` prints the figures by language too and keeps them in results.json. An answer ends after
-    ``max_new_tokens``.
+    ``max_new_tokens``. What a Talker says is heard ``through`` the Code2Wav of that stage.
     """
 
     tasks: list[str]
     of: str = ""
+    through: str = ""
     name: str = ""
     use_yarn: bool = True
     by_lang: bool = False
@@ -33,11 +34,24 @@ class Measurement:
 
 
 @dataclass(kw_only=True, slots=True)
+class CodedData:
+    """Shards that ``omni-train data codes`` makes of the corpus: those that ``only`` matches, with the codes of the
+    codec that stage ``codec`` exported."""
+
+    codec: str
+    only: str
+
+
+@dataclass(kw_only=True, slots=True)
 class RecipeStage:
-    """One stage: overrides of its YAML, and for each component the stage (or folder) whose export it starts from."""
+    """One stage: overrides of its YAML, and for each component the stage (or folder) whose export it starts from.
+
+    ``data`` names data of the recipe that it trains on in place of the corpus.
+    """
 
     stage: str
     overrides: list[str] = field(default_factory=list)
+    data: str = ""
     init: dict[str, str] = field(default_factory=dict)
     evaluate: list[Measurement] = field(default_factory=list)
 
@@ -47,14 +61,15 @@ class Recipe:
     """A whole run.
 
     ``corpus`` names a folder of data/ that is prepared when it is missing, and that every stage takes (conf/corpus/);
-    ``tasks`` says which of its sources holds which held-out tasks, {source: [task]}; ``bars`` are printed beside the
-    figures of these names.
+    ``data`` what is made of it on the way; ``tasks`` says which of its sources holds which held-out tasks, {source:
+    [task]}; ``bars`` are printed beside the figures of these names.
     """
 
     name: str
     stages: list[RecipeStage]
     corpus: str = ""
     overrides: list[str] = field(default_factory=list)
+    data: dict[str, CodedData] = field(default_factory=dict)
     tasks: dict[str, list[str]] = field(default_factory=dict)
     bars: dict[str, float] = field(default_factory=dict)
 
@@ -97,6 +112,16 @@ def load_recipe(path: Path) -> Recipe:
                     f"recipe '{path}': {stage.stage}.init.{component} = '{source}' is neither an earlier stage "
                     f"({', '.join(before)}) nor a folder"
                 )
+        if stage.data and stage.data not in recipe.data:
+            raise ConfigError(
+                f"recipe '{path}': {stage.stage}.data names '{stage.data}', which is none of its data; "
+                f"{nearest(stage.data, recipe.data) if recipe.data else 'it has none'}"
+            )
+        if stage.data and (codec := recipe.data[stage.data].codec) not in before:
+            raise ConfigError(
+                f"recipe '{path}': data.{stage.data}.codec '{codec}' is no stage before {stage.stage}, which trains on "
+                f"it ({', '.join(before)})"
+            )
         before.append(stage.stage)
         for measurement in stage.evaluate:
             for task in measurement.tasks:
@@ -111,11 +136,12 @@ def load_recipe(path: Path) -> Recipe:
                     f"recipe '{path}': {stage.stage}.evaluate.by_lang has no effect on the comparison "
                     f"'{measurement.name}'; leave it out"
                 )
-            if measurement.of and measurement.of not in before:
-                raise ConfigError(
-                    f"recipe '{path}': {stage.stage}.evaluate takes the export of '{measurement.of}', which is no "
-                    f"stage up to it; {nearest(measurement.of, before)}"
-                )
+            for other in (measurement.of, measurement.through):
+                if other and other not in before:
+                    raise ConfigError(
+                        f"recipe '{path}': {stage.stage}.evaluate takes the export of '{other}', which is no stage up "
+                        f"to it; {nearest(other, before)}"
+                    )
     return recipe
 
 
@@ -130,4 +156,5 @@ def stage_overrides(recipe: Recipe, stage: RecipeStage, run_dir: Path, extra: li
     for component, source in stage.init.items():
         folder = source if Path(source).is_dir() else run_dir / source / "export"
         init.append(f"+init.{component}={folder}")
-    return [*base_overrides(recipe, stage), *extra, *init, f"run_dir={run_dir / stage.stage}"]
+    made = [f"data.root={run_dir / 'data' / stage.data}"] if stage.data else []
+    return [*base_overrides(recipe, stage), *extra, *made, *init, f"run_dir={run_dir / stage.stage}"]

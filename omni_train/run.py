@@ -1,6 +1,6 @@
 """Run a recipe, or one stage of it.
 
-    run ──load_recipe──▶ every stage's configuration and shards checked ──▶ (start_stage, evaluate) ×n ──▶ table, report
+    run ──load_recipe──▶ configurations and shards checked ──▶ (make_data, start_stage, evaluate) ×n ──▶ table, report
     start_stage ──check_inputs, check_unchanged──▶ ranks
 
 A finished stage (its DONE file) is skipped, a half-done one resumes from its newest committed checkpoint; neither with
@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 import yaml
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, Objective, RunConfig, load_corpus, to_dict
-from omni_train.recipe import RecipeStage, load_recipe, stage_overrides
+from omni_train.config import ConfigError, Objective, RunConfig, init_of, load_corpus, to_dict
+from omni_train.measure import check_through
+from omni_train.recipe import Recipe, RecipeStage, load_recipe, stage_overrides
 
 MAY_CHANGE = (
     *("run_dir", "wandb_project", "wandb_mode", "save_every_steps", "keep_checkpoints"),
@@ -111,7 +113,7 @@ def check_init(config: RunConfig) -> None:
     if config.stage.reconstruction.semantic > 0:
         teachers[Objective.codec] = "audio_encoder"
     teacher = teachers.get(config.stage.objective)
-    if teacher and not {teacher, "all"} & set(config.init):
+    if teacher and init_of(config.init, teacher) is None:
         raise ConfigError(f"init.{teacher}: {config.stage.name} learns from it; add +init.{teacher}=ITS_STAGE/export")
     for component, folder in config.init.items():
         if not Path(folder).is_dir():
@@ -160,13 +162,16 @@ def run(path: Path, overrides: list[str]) -> int:
         from omni_train.corpus import prepare_corpus
 
         prepare_corpus(recipe.corpus, Path(root).parent)
-    for config in configs:  # everything that can be known is checked before the first stage starts
-        check_unchanged(config)
-        if not (Path(config.run_dir) / "DONE").exists():
+    for stage, config in zip(recipe.stages, configs, strict=True):
+        check_unchanged(config)  # everything that can be known is checked before the first stage starts
+        for measurement in stage.evaluate:
+            if not measurement.of:
+                check_through(config, measurement.through)
+        if not stage.data and not (Path(config.run_dir) / "DONE").exists():
             check_inputs(config)
     for number, (stage, config, own) in enumerate(zip(recipe.stages, configs, arguments, strict=True), 1):
         print(f"[{number}/{len(configs)}] {stage.stage}", flush=True)
-        status = start_stage(config, [stage.stage, *own])
+        status = make_data(recipe, stage, config, run_dir, root) or start_stage(config, [stage.stage, *own])
         if status:
             return status
         print(stage_line(load_results(run_dir), stage.stage), flush=True)
@@ -178,13 +183,41 @@ def run(path: Path, overrides: list[str]) -> int:
     return 0
 
 
+def make_data(recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: Path, corpus: str) -> int:
+    """Make on local ranks the shards that a stage trains on, unless it is finished or they were made by the same codec;
+    the exit status."""
+    from omni_train.launching.local import run_ranks
+
+    if not stage.data or (Path(config.run_dir) / "DONE").exists():
+        return 0
+    coded, folder = recipe.data[stage.data], run_dir / "data" / stage.data
+    codec = run_dir / coded.codec
+    made_of = json.dumps({"corpus": str(Path(corpus).resolve()), "only": coded.only, "codec": done_at(codec)})
+    if (folder / "DONE").exists() and (folder / "DONE").read_text() == made_of:
+        return 0
+    shutil.rmtree(folder, ignore_errors=True)
+    command = ["data", "codes", corpus, "--codec", str(codec / "export"), "--out", str(folder), "--only", coded.only]
+    status = run_ranks(command, config.engine)
+    if not status:
+        (folder / "DONE").write_text(made_of)
+    return status
+
+
+def done_at(stage_dir: Path) -> int:
+    """When a stage was finished, in nanoseconds: what was made of its export is out of date when that changes."""
+    return (stage_dir / "DONE").stat().st_mtime_ns
+
+
 def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: Path, extra: list[str]) -> int:
     """Measure on local ranks what the recipe asks of a finished stage, unless that was done; the exit status."""
     from omni_train.launching.local import run_ranks
 
-    wanted = json.dumps([configuration.to_dict(measurement) for measurement in stage.evaluate])
+    if not stage.evaluate:
+        return 0
+    asked = [configuration.to_dict(measurement) for measurement in stage.evaluate]
+    wanted = json.dumps({"evaluate": asked, "done": done_at(run_dir / stage.stage)})
     measured = run_dir / stage.stage / "measured.json"
-    if not stage.evaluate or (measured.exists() and measured.read_text() == wanted):
+    if measured.exists() and measured.read_text() == wanted:
         return 0
     command = ["eval", str(run_dir), "--recipe", str(path), "--stage", stage.stage, *extra]
     status = run_ranks(command, config.engine)

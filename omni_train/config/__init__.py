@@ -176,7 +176,8 @@ class RunConfig:
     corpus: CorpusConfig
     run_dir: str
     validation: dict[str, ShardsConfig] = field(default_factory=dict)  # modality-named sources for the held-out loss
-    init: dict[str, str] = field(default_factory=dict)  # component → local transformers folder ("all" for every one)
+    # component → local transformers folder; "thinker" for all of the Thinker's, "all" for every one
+    init: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     save_every_steps: int = 200
     keep_checkpoints: int = 2
@@ -218,7 +219,7 @@ class RunConfig:
                 f"{self.stage.objective.name} needs whole fp32 weights; try engine.zero_stage=2 engine.precision=fp32"
             )
         is_distilled = self.stage.objective is Objective.distillation
-        known = (*COMPONENTS, "all", *(["teacher"] if is_distilled else []))
+        known = (*COMPONENTS, "thinker", "all", *(["teacher"] if is_distilled else []))
         for name in self.init:
             if name not in known:
                 raise ConfigError(f"init: no component is called '{name}'; {nearest(name, known)}")
@@ -228,6 +229,12 @@ class RunConfig:
                 f"stage.rollout.updates_per_cycle ({rollout.updates_per_cycle}) must divide data.packs_per_lane "
                 f"({self.data.packs_per_lane}), the prompts of a lane in a cycle"
             )
+
+
+def init_of(init: dict[str, str], component: str) -> str | None:
+    """The folder that a component starts from: its own, else that of the Thinker's parts, else that of all."""
+    names = [component, *(["thinker"] if component in THINKER_COMPONENTS else []), "all"]
+    return next((init[name] for name in names if name in init), None)
 
 
 def available(group: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from omni_train.config import THINKER_OBJECTIVES, ConfigError, ModelConfig, Objective, RunConfig, to_dict
+from omni_train.config import THINKER_OBJECTIVES, ConfigError, ModelConfig, Objective, RunConfig, init_of, to_dict
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
 from omni_train.models.build import build_omni, build_thinker, thinker_config
 from omni_train.models.components import component_of
@@ -192,18 +192,18 @@ def write_processor(model: ModelConfig, folder: Path) -> None:
 def write_omni(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dict[str, str], folder: Path) -> list[str]:
     """Write the whole model from the exports of stages, as a folder for stock's Qwen3OmniMoeForConditionalGeneration.
 
-    ``init``: component → folder, "all" for those not named. Returns a line about each component. Raises ConfigError
+    ``init``: component → folder, as a stage's. Returns a line about each component. Raises ConfigError
     for a component without a folder, or one that its folder does not hold.
     """
-    thinker = init.get("llm", init.get("all"))
+    thinker = init_of(init, "llm")
     if thinker is None:
         raise ConfigError("init.llm: a whole model needs a folder for every component; give +init.llm=FOLDER")
     omni = build_omni(model, tokenizer, yarn_factor_of(Path(thinker)), device="cpu")
     components = sorted({component_of(canonical(name)) for name, _ in omni.named_parameters()})
-    missing = [name for name in components if name not in init and "all" not in init]
+    sources = {name: init_of(init, name) or "" for name in components}
+    missing = [name for name, source in sources.items() if not source]
     if missing:
         raise ConfigError(f"init has no folder for {', '.join(missing)}; give +init.{missing[0]}=FOLDER")
-    sources = {name: init.get(name, init.get("all", "")) for name in components}
     for name, source in sources.items():
         load_components(omni, Path(source), {name})
     with committed(folder) as temporary:

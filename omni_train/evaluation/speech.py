@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_train.config import ConfigError, Objective, RunConfig
+from omni_train.data.audio import decode_audio
+from omni_train.data.codes import speech_member
 from omni_train.data.contracts import Sample
 from omni_train.data.encode import padded_waves
 from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
 from omni_train.data.pipeline import DataPipeline
-from omni_train.data.speech import SpeechEncoder
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.capabilities import gather, split_tasks
 from omni_train.evaluation.stoi import stoi
@@ -70,20 +71,19 @@ class Recogniser(nn.Module):
         return self.out(hidden)
 
     @torch.no_grad()
-    def words(self, mel_BMF: Tensor, num_samples: Sequence[int]) -> list[str]:
-        """What is heard in each clip: the best path, each of its words snapped to the lexicon."""
+    def hear(self, mel_BMF: Tensor, num_samples: Sequence[int]) -> list[str]:
+        """What is heard in each clip, letter by letter: the best path."""
         best = self(mel_BMF).argmax(1)
         heard = []
         for path, length in zip(best.tolist(), num_samples, strict=True):
             path = path[: length // (2 * HOP) + 1]
             kept = [c for before, c in zip([-1, *path], path, strict=False) if c != before and c < len(CHARACTERS)]
-            text = "".join(CHARACTERS[c] for c in kept)
-            heard.append(" ".join(self.snap(word) for word in text.split()))
+            heard.append("".join(CHARACTERS[c] for c in kept))
         return heard
 
-    def snap(self, word: str) -> str:
-        """The word of the lexicon at the least edit distance."""
-        return min(self.lexicon, key=lambda known: edit_distance(word, known))
+    def snap(self, text: str) -> str:
+        """Each word replaced by that of the lexicon at the least edit distance."""
+        return " ".join(min(self.lexicon, key=partial(edit_distance, word)) for word in text.split())
 
 
 def edit_distance(one: str, other: str) -> int:
@@ -139,9 +139,14 @@ def word_accuracy(pairs: Sequence[tuple[str, str]]) -> float:
     return max(0.0, 1.0 - float(jiwer.wer(list(said), list(heard))))
 
 
+def swapped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What was heard beside what the next item says, as a control."""
+    return [(heard, other) for (heard, _), (_, other) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
+
+
 def clips_of(samples: Sequence[Sample]) -> list[Clip]:
     """The speech of each sample and the text of its reply. Raises ConfigError for text that is no plain English."""
-    encoder, clips = SpeechEncoder(), []
+    clips = []
     for sample in samples:
         reply = sample.content["messages"][-1]["content"]
         text = reply if isinstance(reply, str) else "".join(p["text"] for p in reply if p["type"] == "text")
@@ -151,7 +156,10 @@ def clips_of(samples: Sequence[Sample]) -> list[Clip]:
                 f"sample {sample.id} says {text!r}: the recogniser that measures speech knows a–z, space and ' alone, "
                 f"not {''.join(sorted(strange))!r}; measure tasks of plain words"
             )
-        clips.append(Clip(np.concatenate(encoder.encode(sample).waves), text))
+        member = speech_member(sample.content)
+        if member is None:
+            raise ConfigError(f"sample {sample.id} has no clip to compare with; measure tasks of speech")
+        clips.append(Clip(decode_audio(sample.members[member], CODEC_SAMPLE_RATE_HZ), text))
     return clips
 
 
@@ -194,14 +202,13 @@ def speech_figures(
             part = mine[start : start + BATCH_CLIPS]
             waves, lengths = batch([clip.wave for clip in part])
             mel, made = reconstruct(waves, lengths)
-            heard = listener.words(mel, lengths.tolist())
+            heard = [listener.snap(text) for text in listener.hear(mel, lengths.tolist())]
             quality = [0.0] * len(part) if made is None else list(map(stoi_of, part, made))
             found += zip(heard, [clip.text for clip in part], quality, strict=True)
         results = gather(found, ranks)
         pairs = [(heard, said) for heard, said, _ in results]
-        swapped = [(heard, other) for (heard, _), (_, other) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
         figures = {f"codec_words_{level}": word_accuracy(pairs)}
-        controls = {f"codec_words_{level}": word_accuracy(swapped)}
+        controls = {f"codec_words_{level}": word_accuracy(swapped(pairs))}
         if level == "wave":
             figures["codec_stoi"] = float(np.mean([quality for _, _, quality in results]))
         yield SpeechFigures(task, figures, controls, pairs)

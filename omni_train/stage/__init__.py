@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from omni_train.config import ConfigError, Objective, RunConfig
+from omni_train.config import THINKER_COMPONENTS, ConfigError, Objective, RunConfig, init_of
 from omni_train.data.tokenizer import media_token_ids, token_spelling
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
@@ -66,24 +66,22 @@ BUILDERS = {
 def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, nn.Module]:
     """The unsharded fp32 modules of a stage by engine name, weights loaded from ``config.init``."""
     modules = BUILDERS[config.stage.objective][0](config, tokenizer)
-    load_init(modules, {name: folder for name, folder in config.init.items() if name != "teacher"})
-    if config.stage.objective is Objective.code2wav and "code2wav" not in config.init:
+    load_init(modules, config)
+    if config.stage.objective is Objective.code2wav and init_of(config.init, "code2wav") is None:
         start_from_codebooks(modules["code2wav"], modules["codec"].codec_encoder.quantizer, seed=config.seed)
     return modules
 
 
-def load_init(modules: dict[str, nn.Module], init: dict[str, str]) -> None:
+def load_init(modules: dict[str, nn.Module], config: RunConfig) -> None:
     """Load components from their folders; a component that no module of the stage has is an error."""
     present = {component_of(name) for module in modules.values() for name, _ in module.named_parameters()}
-    chosen = {component: init["all"] for component in present} if "all" in init else {}
-    chosen |= {name: folder for name, folder in init.items() if name != "all"}
-    for component, folder in chosen.items():
-        if component not in present:
-            raise ConfigError(
-                f"init.{component}: this stage has no such component; it has {', '.join(sorted(present))}"
-            )
-        for module in modules.values():
-            load_components(module, Path(folder), {component})
+    for name in config.init:
+        if name not in ("teacher", "all") and not present & {name, *(THINKER_COMPONENTS if name == "thinker" else ())}:
+            raise ConfigError(f"init.{name}: this stage has no such component; it has {', '.join(sorted(present))}")
+    for component in present:
+        folder = init_of(config.init, component)
+        for module in modules.values() if folder else ():
+            load_components(module, Path(str(folder)), {component})
 
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, micro_batches: int) -> Stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,6 +222,8 @@ def test_a_measured_stage_is_measured_again_only_when_the_recipe_asks_for_someth
     stage = recipe.stages[1]
     config = load("s2_general", ["engine=cpu1"])
     exported(tmp_path, "s2_general")
+    done = tmp_path / "s2_general" / "DONE"
+    done.touch()
     for _ in range(2):
         assert running.evaluate_stage(tmp_path / "recipe.yaml", stage, config, tmp_path, ["seed=1"]) == 0
     assert len(started) == 1 and started[0][:2] == ["eval", str(tmp_path)] and started[0][-1] == "seed=1"
@@ -229,3 +232,6 @@ def test_a_measured_stage_is_measured_again_only_when_the_recipe_asks_for_someth
     assert len(started) == 2
     assert running.evaluate_stage(tmp_path / "recipe.yaml", recipe.stages[0], config, tmp_path, []) == 0
     assert len(started) == 2, "nothing to measure"
+    os.utime(done, ns=(0, done.stat().st_mtime_ns + 1))  # trained anew
+    assert running.evaluate_stage(tmp_path / "recipe.yaml", stage, config, tmp_path, []) == 0
+    assert len(started) == 3

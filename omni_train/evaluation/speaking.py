@@ -1,0 +1,146 @@
+"""What an exported Talker says, heard through Code2Wav by a recogniser that knows the original voices alone.
+
+    prompts, replies ──Talker, MTP──▶ codes ──Code2Wav──▶ waves ──Recogniser──▶ words, characters
+
+The texts are those of the data, not of the Thinker: what is measured is the speaking. Held-out replies are new
+combinations of known words; as many of train show what was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni_train.config import THINKER_COMPONENTS, ConfigError, RunConfig, init_of
+from omni_train.data.contracts import Sample
+from omni_train.data.encode import Encoder
+from omni_train.data.media_tokens import SAMPLES_PER_CODEC_FRAME
+from omni_train.data.pipeline import DataPipeline
+from omni_train.data.talker_sequence import reply_tokens
+from omni_train.data.tokenizer import IM_END
+from omni_train.engine.parallel import Ranks
+from omni_train.evaluation.capabilities import gather, split_tasks
+from omni_train.evaluation.speech import (
+    Recogniser,
+    SpeechFigures,
+    clips_of,
+    listener_of,
+    swapped,
+    word_accuracy,
+)
+from omni_train.models.build import build_talker, build_thinker, talker_config, thinker_config
+from omni_train.models.code2wav import Code2Wav
+from omni_train.models.codec import codec_mel
+from omni_train.models.talker import Talker
+from omni_train.models.thinker import compose
+from omni_train.models.weights import load_components
+from omni_train.rollout.speak import Utterance, media_states, speak
+
+BATCH_UTTERANCES = 48
+MAX_FRAMES = 64
+"""5 s: several times what the longest reply of a corpus of phrases takes."""
+
+
+class Speaker:
+    """Thinker, Talker and Code2Wav of exports, whole on every rank: codes and waves of replies."""
+
+    def __init__(self, config: RunConfig, talker: Path, code2wav: Path, data: DataPipeline, ranks: Ranks) -> None:
+        model, tokenizer = config.model, data.tokenizer
+        self.thinker = compose(build_thinker(thinker_config(model, tokenizer, config.stage.yarn_factor), seed=0))
+        for component in THINKER_COMPONENTS:
+            folder = init_of(config.init, component)
+            if folder is None:
+                raise ConfigError(f"init.{component}: a Talker speaks beside a Thinker; add +init.thinker=ITS_EXPORT")
+            load_components(self.thinker, Path(folder), {component})
+        self.talker = Talker(build_talker(talker_config(model, tokenizer), seed=0, embedding_std=1.0))
+        load_components(self.talker, talker, {"talker", "mtp"})
+        self.code2wav = Code2Wav(model)
+        load_components(self.code2wav, code2wav, {"code2wav"})
+        for module in (self.thinker, self.talker, self.code2wav):
+            module.eval().to(ranks.device)
+        assert isinstance(data.encoder, Encoder) and data.encoder.speech is not None  # a Talker's stage
+        self.encoder, self.format = data.encoder, data.encoder.speech
+
+    def codes(self, samples: list[Sample], generator: torch.Generator) -> list[Tensor]:
+        """Codes [G, T] of each sample's reply in the voice of its speaker; [G, 0] where nothing is said."""
+        prompts = [self.encoder.prompt_and_answer(sample) for sample in samples]
+        states = media_states(self.thinker, [prompt for prompt, _ in prompts], self.format, self.encoder.geometry)
+        utterances = [
+            Utterance(prompt, own, self.tokens(answer), sample.content["speaker"])
+            for (prompt, answer), own, sample in zip(prompts, states, samples, strict=True)
+        ]
+        num_groups = self.format.talker.num_code_groups
+        found: list[list[Tensor]] = [[] for _ in samples]
+        for frames, is_open in speak(
+            self.thinker.llm,
+            self.talker,
+            utterances,
+            self.format,
+            self.encoder.geometry,
+            max_frames=MAX_FRAMES,
+            generator=generator,
+        ):
+            for own, frame, still in zip(found, frames, is_open.tolist(), strict=True):
+                own += [frame] if still else []
+        return [torch.stack(own, dim=1) if own else torch.empty(num_groups, 0, dtype=torch.long) for own in found]
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a reply, as they follow the head of its turn."""
+        head = self.format.tokens.head
+        ids = self.encoder.tokenizer(text + IM_END, add_special_tokens=False).input_ids
+        return reply_tokens(np.array([*head, *ids]), self.format.tokens)[len(head) - 3 :].tolist()
+
+    @torch.no_grad()
+    def waves(self, codes: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """(waves [B, N], silent behind their ends, numbers of samples) of codes [G, T]."""
+        longest = max(1, *(own.shape[1] for own in codes))
+        padded = torch.stack([torch.nn.functional.pad(own, (0, longest - own.shape[1])) for own in codes])
+        made = self.code2wav.decode(padded)
+        made = torch.nn.functional.pad(made, (0, longest * SAMPLES_PER_CODEC_FRAME - made.shape[1]))
+        lengths = [own.shape[1] * SAMPLES_PER_CODEC_FRAME for own in codes]
+        ends = torch.tensor(lengths, device=made.device)
+        return made * (torch.arange(made.shape[1], device=made.device) < ends[:, None]), lengths
+
+
+def talker_figures(
+    config: RunConfig,
+    folder: Path,
+    tasks: dict[str, str],
+    split: str,
+    ranks: Ranks,
+    run_dir: Path | None,
+    through: Path,
+) -> Iterator[SpeechFigures]:
+    """Words heard of what an exported Talker says: of a split (``unseen``) and of as many of train (``seen``).
+
+    ``talker_cer``: character error rate of the unseen as heard, before words are snapped to the lexicon. Collective.
+    """
+    data = DataPipeline.of(config)
+    speaker = Speaker(config, folder, through, data, ranks)
+    for task, source in tasks.items():
+        listener = listener_of(data, task, source, run_dir)
+        unseen = split_tasks(data, {task: source}, split)[task]
+        seen = split_tasks(data, {task: source}, "train")[task][: len(unseen)]
+        found = SpeechFigures(task, {}, {}, [])
+        for name, samples in (("talker_seen_words", seen), ("talker_unseen_words", unseen)):
+            heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world], ranks.rank), ranks)
+            found.pairs = [(listener.snap(text), said) for text, said in heard]
+            found.figures[name] = word_accuracy(found.pairs)
+            found.controls[name] = word_accuracy(swapped(found.pairs))
+        texts, said = zip(*heard, strict=True)
+        found.figures["talker_cer"] = float(jiwer.cer(list(said), [text or " " for text in texts]))
+        yield found
+
+
+def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int) -> list[tuple[str, str]]:
+    """(heard, said) of the replies of samples, letter by letter."""
+    generator, heard = torch.Generator().manual_seed(seed), []
+    for start in range(0, len(samples), BATCH_UTTERANCES):
+        waves, lengths = speaker.waves(speaker.codes(samples[start : start + BATCH_UTTERANCES], generator))
+        heard += listener.hear(codec_mel(waves.cpu()), lengths)
+    return list(zip(heard, [clip.text for clip in clips_of(samples)], strict=True))
