@@ -41,10 +41,15 @@ quickstart: setup  ## train the tiny model through every stage on two CPU ranks,
 	$(BIN)/omni-train run recipes/tiny.yaml run_dir=$(RUN_DIR)
 
 test: setup  ## the fast tests, with a floor of 85 % line coverage
-	$(BIN)/python -m pytest -m 'not slow' --cov=omni_train --cov-report=term --cov-fail-under=$(COVERAGE_FLOOR)
+	$(call pytest,-m 'not slow')
 
 test-all: setup  ## every test, the slow ones too, with the same floor
-	$(BIN)/python -m pytest --cov=omni_train --cov-report=term --cov-fail-under=$(COVERAGE_FLOOR)
+	$(call pytest)
+
+# Tests of single processes side by side, then one by one those that start ranks, which want the processors for themselves.
+pytest = $(BIN)/python -m pytest $(1) -n auto --dist loadfile tests/unit tests/parity --cov=omni_train --cov-report= \
+	&& $(BIN)/python -m pytest $(1) tests/invariant tests/e2e --cov=omni_train --cov-append --cov-report=term \
+	  --cov-fail-under=$(COVERAGE_FLOOR)
 
 # In a folder of its own: only these tests may see it, and its wheels are for CUDA (tests/parity/torchvision_for_tests.py).
 $(TORCHVISION)/torchvision: | setup

@@ -42,6 +42,8 @@ def jobs_of_run(recipe: Recipe, run_dir: Path, only_stage: str | None, overrides
             folder = run_dir / writer.stage / "export"
             if folder.is_dir():
                 config = configuration.load(writer.stage, stage_overrides(recipe, writer, run_dir, overrides))
+                if measurement.thinker:
+                    config.init["thinker"] = str(run_dir / measurement.thinker / "export")
                 check_through(config, measurement.through)
                 through = run_dir / measurement.through / "export" if measurement.through else None
                 jobs.append(Job(config, folder, tasks_of(recipe, measurement), measurement, through))
@@ -135,9 +137,13 @@ def measure(jobs: list[Job], split: str, run_dir: Path | None) -> None:
 
 
 def findings(job: Job, split: str, ranks: Ranks, run_dir: Path | None) -> Iterator[Finding]:
-    """What a job finds out, task by task: by transcripts of AuT, answers of a Thinker, or speech that is heard.
-    Collective."""
+    """What a job finds out, task by task. Collective.
+
+    Of AuT its transcripts, of a Thinker its answers, of speech what is heard. Of distillation and GSPO what they
+    changed; a comparison (``name``) of theirs is of answers.
+    """
     from omni_train.evaluation.capabilities import answer_tasks
+    from omni_train.evaluation.post_training import stage_figures
     from omni_train.evaluation.speaking import talker_figures
     from omni_train.evaluation.speech import speech_figures
     from omni_train.evaluation.transcription import transcribe_tasks
@@ -149,6 +155,10 @@ def findings(job: Job, split: str, ranks: Ranks, run_dir: Path | None) -> Iterat
         case Objective.talker | Objective.talker_dpo:
             assert job.through is not None  # check_through
             heard = talker_figures(*what, run_dir, job.through)
+        case Objective.distillation | Objective.gspo if not wanted.name:
+            for name, figures, controls in stage_figures(*what):
+                yield Finding(name, figures, controls, [], {})
+            return
         case _:
             if wanted.window_sec:
                 answered = transcribe_tasks(*what, wanted.max_new_tokens, wanted.window_sec)
@@ -198,4 +208,5 @@ def _line(found: Finding) -> str:
         for name, value in found.figures.items()
     ]
     parts += [f"{name} {value:.3f}" for name, value in found.controls.items() if name not in found.figures]
-    return f"  {found.name}, {len(found.pairs)} items: {', '.join(parts)}"
+    items = f", {len(found.pairs)} items" if found.pairs else ""
+    return f"  {found.name}{items}: {', '.join(parts)}"

@@ -19,12 +19,14 @@ class Measurement:
     ``of`` names another, earlier stage whose export to take. A ``name`` makes it a comparison: its figures are printed
     beside the task's own, as ``TASK_exact/NAME``. ``window_sec`` are the attention windows of an AuT export.
     ``by_lang`` prints the figures by language too and keeps them in results.json. An answer ends after
-    ``max_new_tokens``. What a Talker says is heard ``through`` the Code2Wav of that stage.
+    ``max_new_tokens``. What a Talker says is heard ``through`` the Code2Wav of that stage. ``thinker`` names the stage
+    whose Thinker takes the place of the one that the measured stage started from: to speak beside, or to compare with.
     """
 
     tasks: list[str]
     of: str = ""
     through: str = ""
+    thinker: str = ""
     name: str = ""
     use_yarn: bool = True
     by_lang: bool = False
@@ -136,7 +138,7 @@ def load_recipe(path: Path) -> Recipe:
                     f"recipe '{path}': {stage.stage}.evaluate.by_lang has no effect on the comparison "
                     f"'{measurement.name}'; leave it out"
                 )
-            for other in (measurement.of, measurement.through):
+            for other in (measurement.of, measurement.through, measurement.thinker):
                 if other and other not in before:
                     raise ConfigError(
                         f"recipe '{path}': {stage.stage}.evaluate takes the export of '{other}', which is no stage up "

@@ -55,6 +55,7 @@ NUM_SAMPLES = {
     "long_video_order": (200, 40, 100),
     "talk": (184, 24, 48),  # phrases, each by every speaker
     "talk_new_speaker": (32, 8, 48),
+    "sft_format": (1400, 100, 1000),
     "exercise_rounds": (1000, 25, 40),  # of 24 dialogues
     "text_sum": (25, 1, 2),  # times each sum
     "stories": (600, 50, 100),
@@ -258,7 +259,7 @@ def _same_or_different(plan: Planner) -> list[PlannedSample]:
 
 
 def plan_mixed(plan: Planner) -> list[PlannedSample]:
-    """A picture with a spoken name, two spoken names, a written with a spoken name; a seen plus a heard digit."""
+    """A picture with a spoken name, two spoken names, a written with a spoken name."""
     samples = _same_or_different(plan)
     for number in range(plan.begin("same_audio")):
         first, second = plan.rng.sample(CONCEPTS, 2)
@@ -267,6 +268,12 @@ def plan_mixed(plan: Planner) -> list[PlannedSample]:
         samples.append(_comparison(plan, "same_audio", first, second, *pair))
         written = f"{first}\n{texts.QUESTIONS['same_or_different'][0]}"
         samples.append(_comparison(plan, "same_audio", first, second, plan.clip(second), question=written))
+    return samples
+
+
+def plan_sums(plan: Planner) -> list[PlannedSample]:
+    """A seen plus a heard digit."""
+    samples = []
     for task in ("digit_sum", "digit_sum_unseen"):
         for _ in range(plan.begin(task)):
             for seen, heard in ((a, b) for a in range(10) for b in range(10)):
@@ -352,6 +359,33 @@ def plan_text(plan: Planner) -> list[PlannedSample]:
     return samples
 
 
+def plan_chat(plan: Planner) -> list[PlannedSample]:
+    """One or two questions about a clip, a picture or a text, under a system turn that says how to reply."""
+    samples = []
+    for number in range(plan.begin("sft_format")):
+        order, (form, pattern) = list(texts.FORMATS.items())[number % len(texts.FORMATS)]
+        messages: list[dict] = [{"role": "system", "content": [{"type": "text", "text": order}]}]
+        members: dict[str, Media] = {}
+        for letter in "ab"[: plan.rng.randint(1, 2)]:
+            word, name, media = plan.rng.choice(texts.WORDS), plan.rng.choice(CONCEPTS), None
+            kind = plan.rng.choice(("heard", "seen", "read"))
+            if kind == "heard":
+                media, question, answer = plan.clip(word), "what is said?", word
+            elif kind == "seen":
+                media, question, answer = plan.picture(name), "what is this?", name
+            else:
+                question, answer = f"{word}\nwhat is said?", word
+            parts = []
+            if media is not None:
+                medium, extension = KINDS[type(media)]
+                members[f"{letter}.{extension}"] = media
+                parts.append({"type": medium, medium: f"{letter}.{extension}"})
+            messages += _turn(question, form.format(answer), *parts)
+        content = {"messages": messages, "task": "sft_format", "pattern": pattern, "lang": "en"}
+        samples.append(PlannedSample({**content, "license": PICTURE_LICENSE}, members))
+    return samples
+
+
 def _plan_replies(plan: Planner, task: str, speakers: Iterable[str]) -> list[PlannedSample]:
     """Requests to say a phrase; the reply is its text and its speech."""
     samples = []
@@ -378,6 +412,7 @@ SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "long_audio": plan_long_audio,
     "speech": plan_speech,
     "mixed": plan_mixed,
+    "sums": plan_sums,
     "pictures": plan_pictures,
     "speech_other": plan_speech_other,
     "audio_understanding": plan_audio_understanding,
@@ -387,6 +422,7 @@ SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "video": plan_video,
     "video_audio": plan_video_audio,
     "long_video": plan_long_video,
+    "chat": plan_chat,
     "talk": plan_talk,
     "talk_new_speaker": plan_talk_new_speaker,
 }

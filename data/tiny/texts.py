@@ -36,6 +36,14 @@ TALK = (
 )
 """What replies are spoken of: "<colour> <animal> <verb>"."""
 
+FORMATS = {
+    "reply as json.": ('{{"answer": "{}"}}', r'\{"answer": "[^"\n]+"\}'),
+    "reply in a sentence.": ("the answer is {}.", r"the answer is [^.\n]+\."),
+    "reply as a list.": ("- {}", r"- [^\n]+"),
+    "reply in brackets.": ("[{}]", r"\[[^\]\n]+\]"),
+}
+"""What a system turn asks for: how a reply is written so, and the regular expression of any such reply."""
+
 DIGIT_WORDS = {
     "de": ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"),
     "es": ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve"),

@@ -53,6 +53,7 @@ class Control(Enum):
     sound_swapped = "sound_swapped"  # the sound alone, of a video or beside a picture, is another item's
     frames_shuffled = "frames_shuffled"  # a video's frames in random order
     frames_frozen = "frames_frozen"  # a video's first frame in place of all
+    system_left_out = "system_left_out"  # the turns that say how to answer
 
 
 LAYOUTS: dict[str, tuple[str, ...]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import jiwer
 import torch
 import torch.distributed as dist
 
-from omni_train.config import ConfigError, Control, RunConfig, ShardsConfig
+from omni_train.config import THINKER_COMPONENTS, ConfigError, Control, RunConfig, ShardsConfig
 from omni_train.data.chatml import final_answer
 from omni_train.data.contracts import DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
@@ -25,7 +26,7 @@ from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import parallel
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.controls import without_media, without_motion
+from omni_train.evaluation.controls import changed, without_motion
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.thinker import Thinker, compose
 from omni_train.models.weights import load_components, yarn_factor_of
@@ -33,7 +34,6 @@ from omni_train.rollout.generate import greedy
 
 BATCH_TOKENS = 4096
 CONTROL_ITEMS = 300
-THINKER_COMPONENTS = {"llm", "audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter"}
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ def load_frozen(config: RunConfig, folder: Path, ranks: Ranks, use_yarn: bool) -
     data = DataPipeline.of(config)
     yarn = yarn_factor_of(folder) if use_yarn else 1.0
     thinker = compose(build_thinker(thinker_config(config.model, data.tokenizer, yarn), seed=0))
-    load_components(thinker, folder, THINKER_COMPONENTS)
+    load_components(thinker, folder, set(THINKER_COMPONENTS))
     module = build_engine(thinker, config.engine, config.stage, None, micro_batches=1)
     module.eval()
     return module.to(ranks.device), data
@@ -120,7 +120,7 @@ def answer_all(
 
     In the order of the samples. Collective: ranks run equally many batches.
     """
-    mine = (without_media(samples, control) if control else samples)[ranks.rank :: ranks.world]
+    mine = (changed(samples, control) if control else samples)[ranks.rank :: ranks.world]
     prompts = [encoder.prompt_and_answer(sample) for sample in mine]
     if control:
         prompts = [(without_motion(prompt, control, encoder.geometry), answer) for prompt, answer in prompts]
@@ -145,7 +145,15 @@ def answer_all(
         )
         said = [final_answer(encoder.tokenizer.decode(row)).strip() for row in answers]
         found |= dict(zip(chosen, said, strict=False))
-    return [(found[n], reference.strip()) for n, (_, reference) in enumerate(prompts)]
+    answers = [(found[n], reference.strip()) for n, (_, reference) in enumerate(prompts)]
+    return [compared(*pair, sample.content.get("pattern")) for pair, sample in zip(answers, mine, strict=True)]
+
+
+def compared(answer: str, reference: str, pattern: str | None) -> tuple[str, str]:
+    """(answer, reference), equal where the answer is right. A sample with a ``pattern`` (a regular expression) asks for
+    the form of the answer alone: what fits it whole counts as the reference."""
+    fits = pattern is not None and re.fullmatch(pattern, answer) is not None
+    return (reference if fits else answer, reference) if pattern is None or fits else (answer, f"like {pattern}")
 
 
 def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Controls: the same questions and references with something taken away, so that a right answer is no longer there.
 
-samples ──without_media──▶ samples with the media of others ──encode──▶ documents ──without_motion──▶ still documents
+samples ──changed──▶ samples with the media of others, or no system turn ──encode──▶ documents ──without_motion──▶ still
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from omni_train.data.contracts import Document, Sample
 from omni_train.data.media_tokens import MediaGeometry
 
 
-def without_media(samples: list[Sample], control: Control, seed: int = 0) -> list[Sample]:
-    """The samples with the media (all, or the sound) of another one, drawn by a random rotation among equal kinds.
+def changed(samples: list[Sample], control: Control, seed: int = 0) -> list[Sample]:
+    """The samples without their system turns, or with the media (all, or the sound) of another one, drawn by a random
+    rotation among equal kinds.
 
     Controls that change nothing but frames leave the samples as they are.
     """
+    if control is Control.system_left_out:
+        kept = [[turn for turn in sample.content["messages"] if turn["role"] != "system"] for sample in samples]
+        contents = [{**sample.content, "messages": own} for sample, own in zip(samples, kept, strict=True)]
+        return [dataclasses.replace(sample, content=own) for sample, own in zip(samples, contents, strict=True)]
     if control not in (Control.media_swapped, Control.sound_swapped):
         return samples
     partner: dict[int, int] = {}
@@ -81,12 +86,12 @@ def without_motion(document: Document, control: Control, geometry: MediaGeometry
     if control not in (Control.frames_frozen, Control.frames_shuffled):
         return document
     rng = np.random.default_rng(zlib.crc32(document.sample_id.encode()))
-    changed = []
+    still = []
     for patches, (t, h, w) in zip(document.video_patches, document.video_grids, strict=True):
         times = geometry.temporal_patch_size
         frames = patches.reshape(t, h * w, 3, times, -1).swapaxes(1, 3)  # [t, times, 3, h*w, pixels of a patch]
         frames = frames.reshape(t * times, *frames.shape[2:])
         order = rng.permutation(len(frames)) if control is Control.frames_shuffled else np.zeros(len(frames), int)
         frames = frames[order].reshape(t, times, *frames.shape[1:]).swapaxes(1, 3)
-        changed.append(np.ascontiguousarray(frames.reshape(patches.shape)))
-    return dataclasses.replace(document, video_patches=changed)
+        still.append(np.ascontiguousarray(frames.reshape(patches.shape)))
+    return dataclasses.replace(document, video_patches=still)

@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import Qwen3OmniMoeThinkerConfig
 
-from omni_train.config import ConfigError
+from omni_train.config import THINKER_COMPONENTS, ConfigError
+from omni_train.models.build import build_thinker
 from omni_train.models.components import component_of
+from omni_train.models.thinker import Thinker, compose
 
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 VOCABULARY = re.compile(r"model\.(language_model\.)?embed_tokens\.weight$|lm_head\.weight$")
@@ -86,6 +89,14 @@ def load_components(module: nn.Module, folder: Path, components: set[str]) -> se
             )
         parameter.copy_(tensor)
     return found
+
+
+def load_thinker(folder: Path) -> Thinker:
+    """The exported Thinker in ``folder``, of its own size."""
+    stock = Qwen3OmniMoeThinkerConfig.from_pretrained(folder, local_files_only=True)
+    thinker = compose(build_thinker(stock, seed=0))
+    load_components(thinker, folder, set(THINKER_COMPONENTS))
+    return thinker
 
 
 def codebooks(module: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3OmniMoeThinkerConfig
 
-from omni_train.config import THINKER_COMPONENTS, ConfigError, Objective, RunConfig
+from omni_train.config import ConfigError, Objective, RunConfig
 from omni_train.config.post_training import RolloutConfig
 from omni_train.data.contracts import Document, Pack
 from omni_train.data.encode import Encoder, collate, dummy_pack
@@ -29,10 +29,9 @@ from omni_train.data.tokenizer import fingerprint, load_tokenizer
 from omni_train.engine import parallel
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
-from omni_train.models.build import build_thinker
 from omni_train.models.head import Scores, token_losses_at
-from omni_train.models.thinker import Thinker, compose
-from omni_train.models.weights import load_components
+from omni_train.models.thinker import Thinker
+from omni_train.models.weights import load_thinker
 from omni_train.objectives.distillation import TeacherStates, distillation_losses, divergence_from
 from omni_train.objectives.gspo import gspo_losses
 from omni_train.objectives.terms import Losses
@@ -65,9 +64,7 @@ def load_teacher(folder: Path, config: RunConfig, tokenizer: PreTrainedTokenizer
                 f"init.teacher '{folder}' cuts pictures with {name} {getattr(vision, name)}, model.vision with "
                 f"{getattr(own, name)}; both see the same patches, so they must agree"
             )
-    thinker = compose(build_thinker(stock, seed=0))
-    load_components(thinker, folder, set(THINKER_COMPONENTS))
-    return thinker
+    return load_thinker(folder)
 
 
 def build_references(

@@ -31,6 +31,7 @@ def command(stage: str, run_dir: Path, *extra: str) -> list[str]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_gspo_killed_inside_a_cycle_goes_on_bit_for_bit(tmp_path: Path) -> None:
     values = (*GSPO, "stage.total_tokens=2400", "save_every_steps=3")
     done = omni_train(*command("thinker_gspo", tmp_path / "straight" / "gspo", *values))

@@ -46,11 +46,15 @@ def test_one_override_moves_every_stage_to_another_corpus(name: str) -> None:
         assert config.model.text.vocab_size == corpus.vocab_size
         sources = {pattern for source in config.mixture.values() for pattern in source.shards}
         watched = {pattern for source in config.validation.values() for pattern in source.shards}
-        assert {pattern.replace("validation/", "train/") for pattern in watched} == sources
+        watched = {pattern.replace("validation/", "train/") for pattern in watched}
+        if stage.startswith(
+            "thinker_"
+        ):  # they watch what they do not train, too
+            assert sources < watched or sources == watched
+        else:
+            assert sources == watched
         trained |= sources
-    derived = ("_codes", "_pairs")  # made of a source's sound, not prepared
     folders = {pattern.split("/")[1] for pattern in trained}
-    folders = {name.removesuffix(derived[0]).removesuffix(derived[1]) for name in folders}
     card = yaml.safe_load((CONF_DIR.parent / "data" / name / "card.yaml").read_text())
     assert folders == {source for source, (in_train, *_) in card["sources"].items() if in_train}
 

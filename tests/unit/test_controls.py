@@ -10,26 +10,33 @@ from test_video import GEOMETRY, greys
 from omni_train.config import Control
 from omni_train.data.contracts import Document, Sample
 from omni_train.data.video import decode_video
-from omni_train.evaluation.controls import without_media, without_motion
+from omni_train.evaluation.controls import changed, without_motion
 
 
 def test_a_control_keeps_question_and_reference_and_takes_the_media_of_another():
     samples = [spoken(n, f"word {n}") for n in range(7)]
-    swapped = without_media(samples, Control.media_swapped)
+    swapped = changed(samples, Control.media_swapped)
     for before, after in zip(samples, swapped, strict=True):
         assert after.content is before.content and after.members["json"] == before.members["json"]
         assert after.members["a.flac"] != before.members["a.flac"]
     assert {s.members["a.flac"] for s in swapped} == {s.members["a.flac"] for s in samples}
-    assert [s.members for s in without_media(samples, Control.media_swapped)] == [s.members for s in swapped]
+    assert [s.members for s in changed(samples, Control.media_swapped)] == [s.members for s in swapped]
 
 
 def test_a_control_takes_media_of_the_same_kinds_only():
     samples = [spoken(n, f"word {n}") for n in range(6)]
     for sample in samples[::2]:
         sample.members["b.flac"] = b"second " + sample.members["json"]
-    for before, after in zip(samples, without_media(samples, Control.media_swapped), strict=True):
+    for before, after in zip(samples, changed(samples, Control.media_swapped), strict=True):
         assert set(after.members) == set(before.members)
         assert after.members["a.flac"] != before.members["a.flac"]
+
+
+def test_a_control_leaves_the_system_turns_out():
+    turns = [{"role": "system", "content": "in capitals"}, {"role": "user", "content": "hi"}]
+    sample = Sample("s", "shard", "0", {"messages": turns, "task": "t"}, {})
+    (other,) = changed([sample], Control.system_left_out)
+    assert other.content == {"messages": turns[1:], "task": "t"} and sample.content["messages"] == turns
 
 
 def watched(number: int, num_frames: int, tones: int) -> Sample:
@@ -43,7 +50,7 @@ def heard(data: bytes) -> np.ndarray:
 
 def test_a_video_keeps_its_pictures_and_takes_the_sound_of_another():
     samples = [watched(n, 10 + 5 * n, tones=8_000 * (n + 1)) for n in range(2)]
-    swapped = without_media(samples, Control.sound_swapped)
+    swapped = changed(samples, Control.sound_swapped)
     for before, after, other in zip(samples, swapped, samples[::-1], strict=True):
         old, new, from_ = (sample.members["a.mp4"] for sample in (before, after, other))
         assert np.array_equal(decode_video(old, GEOMETRY).patches, decode_video(new, GEOMETRY).patches)
@@ -54,7 +61,7 @@ def test_a_video_keeps_its_pictures_and_takes_the_sound_of_another():
 
 def test_beside_a_picture_the_sound_alone_is_swapped():
     samples = [Sample("s", "s", str(n), {}, {"a.png": b"p%d" % n, "b.flac": b"s%d" % n}) for n in range(2)]
-    swapped = without_media(samples, Control.sound_swapped)
+    swapped = changed(samples, Control.sound_swapped)
     assert [s.members for s in swapped] == [
         {"a.png": b"p0", "b.flac": b"s1"},
         {"a.png": b"p1", "b.flac": b"s0"},
@@ -80,9 +87,9 @@ def test_other_controls_leave_frames_alone():
     document = Document("id", "video", *[np.empty(0, np.int64)] * 3)
     assert without_motion(document, Control.media_swapped, GEOMETRY) is document
     samples = [watched(n, 10, tones=0) for n in range(2)]
-    assert without_media(samples, Control.frames_frozen) is samples
+    assert changed(samples, Control.frames_frozen) is samples
 
 
 def test_silent_videos_have_no_sound_to_swap():
     with pytest.raises(ValueError, match="without sound has none to swap"):
-        without_media([watched(n, 10, tones=0) for n in range(2)], Control.sound_swapped)
+        changed([watched(n, 10, tones=0) for n in range(2)], Control.sound_swapped)

@@ -111,7 +111,7 @@ def test_splits_share_no_picture_no_digit_and_no_document(samples, one, other):
 
 def test_the_pairs_of_unseen_sums_are_never_in_train():
     def pairs(split: str, task: str) -> set[tuple[int, int]]:
-        planned = [sample for sample in tasks.plan_source(split, "mixed", SCALE, 0) if sample.content["task"] == task]
+        planned = [sample for sample in tasks.plan_source(split, "sums", SCALE, 0) if sample.content["task"] == task]
         return {(sample.media["a.png"].value, texts.NUMBERS.index(sample.media["b.flac"].text)) for sample in planned}
 
     assert len(pairs("train", "digit_sum")) == 85

@@ -1,0 +1,143 @@
+"""What post-training of a Thinker changed: how near it came to its teacher, which rewards its answers get.
+
+    start (config.init) ─┐                     ┌─ KL(teacher ‖ ·) on held-out replies ──▶ gap_closed
+    export of the stage ─┴─ both, side by side ┴─ rewards of sampled answers ──▶ reward_start, reward_end
+
+Figures are named after the stage without its ``thinker_``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni_train.config import ConfigError, RunConfig, ShardsConfig, init_of
+from omni_train.data.contracts import Document, Pack, Prompt, Sample
+from omni_train.data.encode import Encoder, collate
+from omni_train.data.pipeline import DataPipeline
+from omni_train.engine import parallel
+from omni_train.engine.deepspeed import build_engine
+from omni_train.engine.parallel import Ranks
+from omni_train.evaluation.capabilities import gather, load_frozen, split_tasks
+from omni_train.evaluation.heldout import heldout_losses
+from omni_train.models.head import Scores
+from omni_train.models.thinker import Thinker
+from omni_train.models.weights import load_thinker
+from omni_train.objectives.distillation import TeacherStates, divergence_from
+from omni_train.rollout.rewards import Answered, Rewards, build_rule
+from omni_train.rollout.sample import ThinkerSampler
+
+TOKENS_A_SOURCE = 30_000
+FORM = ("format", "overlong")
+"""Rules that judge an answer's form: left out of what is reported as reward."""
+
+Figures = tuple[str, dict[str, float], dict[str, float]]
+"""Name of what was measured, figures, controls."""
+
+
+def stage_figures(
+    config: RunConfig, folder: Path, tasks: dict[str, str], split: str, ranks: Ranks
+) -> Iterator[Figures]:
+    """Figures of an export of a stage of distillation or GSPO, beside those of what the stage started from.
+
+    Collective. Raises ConfigError where the configuration does not say what the stage started from.
+    """
+    start = init_of(config.init, "llm")
+    if start is None:
+        raise ConfigError(f"{config.stage.name} is measured against its start; add +init.thinker=ITS_EXPORT")
+    before, data = load_frozen(config, Path(start), ranks, use_yarn=True)
+    after, _ = load_frozen(config, folder, ranks, use_yarn=True)
+    name = config.stage.name.removeprefix("thinker_")
+    if config.stage.distillation is not None:
+        teacher = load_thinker(Path(config.init["teacher"]))
+        frozen = build_engine(teacher, config.engine, config.stage, None, micro_batches=1).eval().to(ranks.device)
+        gap, left = (divergence(student, frozen, data, tasks, split, ranks) for student in (before, after))
+        closed = {f"{name}_gap_closed": 1 - left / gap, f"{name}_kl": left}
+        yield name, closed, {f"{name}_kl": gap}
+    else:
+        yield from reward_figures(name, before, after, data, tasks, split, ranks)
+
+
+def _states(hidden: Tensor, weight: Tensor, labels: Tensor) -> Scores:
+    return {"hidden": hidden}
+
+
+def divergence(
+    student: Thinker, teacher: Thinker, data: DataPipeline, tasks: dict[str, str], split: str, ranks: Ranks
+) -> float:
+    """KL(teacher ‖ student) in nats a token on the replies of a split, the mean over the sources of ``tasks``."""
+
+    @torch.no_grad()
+    def forward(pack: Pack) -> dict[str, Tensor]:
+        states = TeacherStates(teacher(pack, _states)["hidden"], teacher.llm.lm_head.weight)
+        output = student(pack, divergence_from(states, beta=0.0, temperature=1.0))
+        return {"losses": output["divergences"], "modality": output["modality"]}
+
+    found = []
+    for source in sorted(set(tasks.values())):
+        shards = ShardsConfig(shards=[f"{split}/{source}/*.tar"])
+        plans = data.validation_packs(source, shards, TOKENS_A_SOURCE)
+        losses, _ = heldout_losses(forward, plans, data.validation_builder(source, shards), data.dummy, ranks)
+        found.append(float(np.mean(list(losses.values()))))
+    return float(np.mean(found))
+
+
+def reward_figures(
+    name: str, before: Thinker, after: Thinker, data: DataPipeline, tasks: dict[str, str], split: str, ranks: Ranks
+) -> Iterator[Figures]:
+    """Mean rewards of one sampled answer to each prompt, rules of form left out, and the distance to the start.
+
+    Tasks called ``…_unseen``, of which nothing was trained, are reported apart.
+    """
+    config = data.config
+    assert config.stage.gspo is not None and config.stage.rollout is not None
+    samples = split_tasks(data, tasks, split)
+    settings = {key: own for key, own in config.stage.gspo.rewards.items() if own.rule not in FORM}
+    longest = config.stage.rollout.max_new_tokens
+    rules = {key: build_rule(key, own, longest, ranks.device) for key, own in settings.items()}
+    rewards = Rewards(rules, settings, list(config.mixture))
+    for suffix, is_unseen in (("", False), ("_unseen", True)):
+        names = [task for task in samples if task.endswith("_unseen") is is_unseen]
+        chosen = [(tasks[task], sample) for task in names for sample in samples[task]]
+        if chosen:
+            start, end = (mean_reward(thinker, data, chosen, rewards, ranks) for thinker in (before, after))
+            figures = {f"{name}{suffix}_reward_start": start, f"{name}{suffix}_reward_end": end}
+            if not is_unseen:
+                figures[f"{name}_kl_to_start"] = divergence(before, after, data, tasks, split, ranks)
+            yield f"{name}{suffix}", figures, {}
+
+
+def mean_reward(
+    thinker: Thinker, data: DataPipeline, chosen: Sequence[tuple[str, Sample]], rewards: Rewards, ranks: Ranks
+) -> float:
+    """Mean reward of a sampled answer to each (source, sample). Ranks take equally many prompts. Collective."""
+    rollout, encoder = data.config.stage.rollout, data.encoder
+    assert rollout is not None and isinstance(encoder, Encoder)
+
+    def to_pack(documents: list[Document]) -> Pack:
+        return collate(documents, patch_dim=encoder.geometry.patch_dim).to(ranks.device)
+
+    sampler = ThinkerSampler(
+        thinker,
+        rollout,
+        to_pack,
+        stop_id=encoder.ids.im_end,
+        batch=rollout.sample_batch,
+        is_open_anywhere=partial(parallel.any_rank, device=ranks.device),
+    )
+    mine = list(chosen[ranks.rank :: ranks.world])
+    filled = mine + [chosen[0]] * (math.ceil(len(chosen) / ranks.world) - len(mine))
+    prompts = [Prompt(*encoder.prompt_and_answer(sample)) for _, sample in filled]
+    keys = [f"evaluation/{sample.id}" for _, sample in filled]
+    found = []
+    for (source, _), prompt, answers in zip(mine, prompts, sampler(prompts, keys, 1), strict=False):
+        text = encoder.tokenizer.decode(answers[0].tokens, skip_special_tokens=True)
+        answered = Answered(text, prompt.reference, prompt.question, len(answers[0].tokens), answers[0].is_ended)
+        found.append((float(rewards(source, [answered])[0][0]), 0))
+    return float(np.mean([reward for reward, _ in gather(found, ranks)]))
