@@ -102,20 +102,20 @@ def check_through(config: RunConfig, through: str | Path | None) -> None:
 
 @dataclass(slots=True)
 class Finding:
-    """What a job found out about a task: figures and their controls by name, {figure: {language: [value, control]}},
-    (answer, reference) of the items."""
+    """What a job found out about a task: figures and their controls by name, (answer, reference) of the items, and
+    {by_lang or by_speaker: {figure: {group: [value, control]}}}."""
 
     name: str
     figures: dict[str, float]
     controls: dict[str, float]
     pairs: list[tuple[str, str]]
-    by_lang: dict[str, dict[str, list[float | None]]]
+    apart: dict[str, dict[str, dict[str, list[float | None]]]]
 
 
 def measure(jobs: list[Job], split: str, run_dir: Path | None) -> None:
     """Run the jobs and print a line a task; figures go to ``run_dir``'s results.json. Collective: all ranks call it."""
     from omni_train.engine import parallel
-    from omni_train.reporting.results import add_by_lang, add_capabilities
+    from omni_train.reporting.results import add_apart, add_capabilities
 
     ranks = parallel.start(jobs[0].config.engine)
     for job in jobs:
@@ -125,26 +125,30 @@ def measure(jobs: list[Job], split: str, run_dir: Path | None) -> None:
             if name := job.measurement.name:  # a comparison stands beside the task's own figures
                 found.controls = {f"{key}/{name}": value for key, value in found.figures.items()}
                 found.figures = {}
+                for key, groups in found.apart.items():
+                    found.apart[key] = {f"{figure}/{name}": values for figure, values in groups.items()}
             print(_line(found), flush=True)
             for answer, reference in [pair for pair in found.pairs if pair[0] != pair[1]][:2]:
                 print(f"      expected {reference!r}, found {answer!r}", flush=True)
-            for line in _table(found.by_lang):
-                print(f"      {line}", flush=True)
+            for key, groups in found.apart.items():
+                for line in _table(groups):
+                    print(f"      {key.replace('_', ' ')}: {line}", flush=True)
             if run_dir is not None:
                 add_capabilities(run_dir, found.figures, found.controls)
-                add_by_lang(run_dir, found.by_lang)
+                for key, groups in found.apart.items():
+                    add_apart(run_dir, key, groups)
     parallel.stop()
 
 
 def findings(job: Job, split: str, ranks: Ranks, run_dir: Path | None) -> Iterator[Finding]:
     """What a job finds out, task by task. Collective.
 
-    Of AuT its transcripts, of a Thinker its answers, of speech what is heard. Of distillation and GSPO what they
-    changed; a comparison (``name``) of theirs is of answers.
+    Of AuT its transcripts, of a Thinker its answers, of speech what is heard. Of distillation, GSPO and preferences
+    what they changed; a comparison (``name``) of theirs is of answers, and of what is heard.
     """
     from omni_train.evaluation.capabilities import answer_tasks
     from omni_train.evaluation.post_training import stage_figures
-    from omni_train.evaluation.speaking import talker_figures
+    from omni_train.evaluation.speaking import preference_figures, talker_figures
     from omni_train.evaluation.speech import speech_figures
     from omni_train.evaluation.transcription import transcribe_tasks
 
@@ -152,9 +156,10 @@ def findings(job: Job, split: str, ranks: Ranks, run_dir: Path | None) -> Iterat
     match job.config.stage.objective:
         case Objective.codec | Objective.code2wav:
             heard = speech_figures(*what, run_dir)
-        case Objective.talker | Objective.talker_dpo:
+        case Objective.talker | Objective.talker_dpo as objective:
             assert job.through is not None  # check_through
-            heard = talker_figures(*what, run_dir, job.through)
+            is_compared = objective is Objective.talker_dpo and not wanted.name
+            heard = (preference_figures if is_compared else talker_figures)(*what, run_dir, job.through)
         case Objective.distillation | Objective.gspo if not wanted.name:
             for name, figures, controls in stage_figures(*what):
                 yield Finding(name, figures, controls, [], {})
@@ -167,10 +172,12 @@ def findings(job: Job, split: str, ranks: Ranks, run_dir: Path | None) -> Iterat
                 answered = answer_tasks(*what, wanted.max_new_tokens, use_yarn=wanted.use_yarn, control=control)
             for task in answered:
                 own = {lang: _scores(part) for lang, part in task.by_lang().items()} if wanted.by_lang else {}
-                yield Finding(task.name, *_scores(task), task.pairs, _by_figure(own))
+                apart = {"by_lang": _by_figure(own)} if own else {}
+                yield Finding(task.name, *_scores(task), task.pairs, apart)
             return
     for speech in heard:
-        yield Finding(speech.name, speech.figures, speech.controls, speech.pairs, {})
+        apart = {"by_speaker": speech.by_speaker} if speech.by_speaker else {}
+        yield Finding(speech.name, speech.figures, speech.controls, speech.pairs, apart)
 
 
 def _scores(task: Answers) -> tuple[dict[str, float], dict[str, float]]:
@@ -191,14 +198,14 @@ def _by_figure(by_lang: dict[str, tuple[dict, dict]]) -> dict[str, dict[str, lis
 
 
 def _table(by_figure: dict[str, dict[str, list[float | None]]]) -> list[str]:
-    """A line a figure: its value by language, the control in brackets."""
+    """A line a figure: its value by group, the control in brackets."""
     rows = []
     for name, values in by_figure.items():
         cells = [
             f"{lang or '-'} {value:.2f}" + ("" if control is None else f" ({control:.2f})")
             for lang, (value, control) in values.items()
         ]
-        rows.append(f"{name} by language: " + ", ".join(cells))
+        rows.append(f"{name} " + ", ".join(cells))
     return rows
 
 

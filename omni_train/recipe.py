@@ -36,12 +36,32 @@ class Measurement:
 
 
 @dataclass(kw_only=True, slots=True)
-class CodedData:
-    """Shards that ``omni-train data codes`` makes of the corpus: those that ``only`` matches, with the codes of the
-    codec that stage ``codec`` exported."""
+class MadeData:
+    """Shards that a recipe makes on the way, of those of the corpus (or of the data ``of``) that ``only`` matches.
 
-    codec: str
+    With ``codec``: ``omni-train data codes`` by the codec of that stage. With ``talker``: ``omni-train data pairs`` of
+    replies by the Talker of that stage, heard ``through`` a Code2Wav and ranked by the AuT of stage ``judge``.
+    """
+
     only: str
+    of: str = ""
+    codec: str = ""
+    talker: str = ""
+    through: str = ""
+    judge: str = ""
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """{role: stage} of the exports that it needs."""
+        roles = {name: getattr(self, name) for name in ("codec", "talker", "through", "judge")}
+        return {role: stage for role, stage in roles.items() if stage}
+
+    def __post_init__(self) -> None:
+        if set(self.stages) not in ({"codec"}, {"talker", "through", "judge"}):
+            raise ConfigError(
+                "data made on the way needs either 'codec', to write codes, or 'talker', 'through' and 'judge', to "
+                f"write pairs; it has {', '.join(self.stages) or 'none'}"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +91,7 @@ class Recipe:
     stages: list[RecipeStage]
     corpus: str = ""
     overrides: list[str] = field(default_factory=list)
-    data: dict[str, CodedData] = field(default_factory=dict)
+    data: dict[str, MadeData] = field(default_factory=dict)
     tasks: dict[str, list[str]] = field(default_factory=dict)
     bars: dict[str, float] = field(default_factory=dict)
 
@@ -81,6 +101,20 @@ class Recipe:
                 return stage
         choices = [stage.stage for stage in self.stages]
         raise ConfigError(f"recipe '{self.name}' has no stage '{name}'; {nearest(name, choices)}")
+
+    def made_for(self, stage: RecipeStage) -> list[str]:
+        """The data that must be made before a stage can train, in order. Raises ConfigError for unknown data."""
+        names: list[str] = []
+        name = stage.data
+        while name:
+            if name not in self.data or name in names:
+                raise ConfigError(
+                    f"recipe '{self.name}', for stage {stage.stage}: no data '{name}' to train on or to make other "
+                    f"data of; {nearest(name, self.data) if self.data else 'it has none'}"
+                )
+            names.insert(0, name)
+            name = self.data[name].of
+        return names
 
     def source_of(self, task: str) -> str:
         for source, tasks in self.tasks.items():
@@ -114,16 +148,13 @@ def load_recipe(path: Path) -> Recipe:
                     f"recipe '{path}': {stage.stage}.init.{component} = '{source}' is neither an earlier stage "
                     f"({', '.join(before)}) nor a folder"
                 )
-        if stage.data and stage.data not in recipe.data:
-            raise ConfigError(
-                f"recipe '{path}': {stage.stage}.data names '{stage.data}', which is none of its data; "
-                f"{nearest(stage.data, recipe.data) if recipe.data else 'it has none'}"
-            )
-        if stage.data and (codec := recipe.data[stage.data].codec) not in before:
-            raise ConfigError(
-                f"recipe '{path}': data.{stage.data}.codec '{codec}' is no stage before {stage.stage}, which trains on "
-                f"it ({', '.join(before)})"
-            )
+        for name in recipe.made_for(stage):
+            for role, source in recipe.data[name].stages.items():
+                if source not in before:
+                    raise ConfigError(
+                        f"recipe '{path}': data.{name}.{role} '{source}' is no stage before {stage.stage}, which "
+                        f"trains on it ({', '.join(before)})"
+                    )
         before.append(stage.stage)
         for measurement in stage.evaluate:
             for task in measurement.tasks:

@@ -171,7 +171,7 @@ def run(path: Path, overrides: list[str]) -> int:
             check_inputs(config)
     for number, (stage, config, own) in enumerate(zip(recipe.stages, configs, arguments, strict=True), 1):
         print(f"[{number}/{len(configs)}] {stage.stage}", flush=True)
-        status = make_data(recipe, stage, config, run_dir, root) or start_stage(config, [stage.stage, *own])
+        status = make_data(recipe, stage, config, run_dir, root, own) or start_stage(config, [stage.stage, *own])
         if status:
             return status
         print(stage_line(load_results(run_dir), stage.stage), flush=True)
@@ -183,24 +183,29 @@ def run(path: Path, overrides: list[str]) -> int:
     return 0
 
 
-def make_data(recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: Path, corpus: str) -> int:
-    """Make on local ranks the shards that a stage trains on, unless it is finished or they were made by the same codec;
-    the exit status."""
+def make_data(recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: Path, corpus: str, own: list[str]) -> int:
+    """Make on local ranks the shards that a stage trains on, unless it is finished or they were made of the same; the
+    exit status. ``own`` are the stage's overrides."""
     from omni_train.launching.local import run_ranks
 
-    if not stage.data or (Path(config.run_dir) / "DONE").exists():
+    if (Path(config.run_dir) / "DONE").exists():
         return 0
-    coded, folder = recipe.data[stage.data], run_dir / "data" / stage.data
-    codec = run_dir / coded.codec
-    made_of = json.dumps({"corpus": str(Path(corpus).resolve()), "only": coded.only, "codec": done_at(codec)})
-    if (folder / "DONE").exists() and (folder / "DONE").read_text() == made_of:
-        return 0
-    shutil.rmtree(folder, ignore_errors=True)
-    command = ["data", "codes", corpus, "--codec", str(codec / "export"), "--out", str(folder), "--only", coded.only]
-    status = run_ranks(command, config.engine)
-    if not status:
+    for name in recipe.made_for(stage):
+        made, folder = recipe.data[name], run_dir / "data" / name
+        source = run_dir / "data" / made.of if made.of else Path(corpus).resolve()
+        done = {role: done_at(run_dir / own_stage) for role, own_stage in made.stages.items()}
+        made_of = json.dumps({**configuration.to_dict(made), "corpus": str(Path(corpus).resolve()), "done": done})
+        if (folder / "DONE").exists() and (folder / "DONE").read_text() == made_of:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        command = ["data", "codes" if made.codec else "pairs", str(source), "--out", str(folder), "--only", made.only]
+        for role, own_stage in made.stages.items():
+            command += [f"--{role}", str(run_dir / own_stage / "export")]
+        status = run_ranks([*command, *([] if made.codec else own)], config.engine)
+        if status:
+            return status
         (folder / "DONE").write_text(made_of)
-    return status
+    return 0
 
 
 def done_at(stage_dir: Path) -> int:

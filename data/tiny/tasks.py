@@ -53,8 +53,8 @@ NUM_SAMPLES = {
     "video_audio": (22, 3, 7),  # times each concept, named by the voice and not
     "video_said": (6, 2, 3),  # times each concept
     "long_video_order": (200, 40, 100),
-    "talk": (184, 24, 48),  # phrases, each by every speaker
-    "talk_new_speaker": (32, 8, 48),
+    "talker": (184, 24, 48),  # phrases, each by every speaker
+    "speaker": (32, 8, 48),  # the same, by a new one
     "sft_format": (1400, 100, 1000),
     "exercise_rounds": (1000, 25, 40),  # of 24 dialogues
     "text_sum": (25, 1, 2),  # times each sum
@@ -400,12 +400,12 @@ def _plan_replies(plan: Planner, task: str, speakers: Iterable[str]) -> list[Pla
 
 def plan_talk(plan: Planner) -> list[PlannedSample]:
     """Spoken replies by the named speakers, at 24 kHz."""
-    return _plan_replies(plan, "talk", SPEAKERS)
+    return _plan_replies(plan, "talker", SPEAKERS)
 
 
 def plan_talk_new_speaker(plan: Planner) -> list[PlannedSample]:
     """The same by a speaker of whom there is little."""
-    return _plan_replies(plan, "talk_new_speaker", NEW_SPEAKERS)
+    return _plan_replies(plan, "speaker", NEW_SPEAKERS)
 
 
 SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {

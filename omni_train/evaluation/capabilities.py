@@ -87,16 +87,20 @@ def read_tasks(data: DataPipeline, patterns: dict[str, str], tasks: dict[str, st
     """Samples by task: ``tasks`` maps a task to its source, ``patterns`` a source to its shards."""
     found: dict[str, list[Sample]] = {task: [] for task in tasks}
     for source in sorted(set(tasks.values())):
-        settings = ShardsConfig(shards=[patterns[source]])
-        shards = data.indexed(settings)
-        check_bad_samples([index for _, index in shards], data.config.data.max_bad_samples)
-        reader = PackReader({source: shards}, {source: settings})
-        for number, (_, index) in enumerate(shards):
-            for position in range(len(index.samples)):
-                sample = reader.read(DocumentPlan(source, number, position, 0, 1))
-                if sample.content.get("task") in found and tasks[sample.content["task"]] == source:
-                    found[sample.content["task"]].append(sample)
+        for sample in read_all(data, source, ShardsConfig(shards=[patterns[source]])):
+            if sample.content.get("task") in found and tasks[sample.content["task"]] == source:
+                found[sample.content["task"]].append(sample)
     return found
+
+
+def read_all(data: DataPipeline, source: str, settings: ShardsConfig) -> Iterator[Sample]:
+    """Every sample of a source, in order."""
+    shards = data.indexed(settings)
+    check_bad_samples([index for _, index in shards], data.config.data.max_bad_samples)
+    reader = PackReader({source: shards}, {source: settings})
+    for number, (_, index) in enumerate(shards):
+        for position in range(len(index.samples)):
+            yield reader.read(DocumentPlan(source, number, position, 0, 1))
 
 
 def split_tasks(data: DataPipeline, tasks: dict[str, str], split: str) -> dict[str, list[Sample]]:

@@ -9,6 +9,7 @@ combinations of known words; as many of train show what was seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jiwer
@@ -33,6 +34,7 @@ from omni_train.evaluation.speech import (
     swapped,
     word_accuracy,
 )
+from omni_train.evaluation.voice import median_pitch
 from omni_train.models.build import build_talker, build_thinker, talker_config, thinker_config
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import codec_mel
@@ -42,6 +44,7 @@ from omni_train.models.weights import load_components
 from omni_train.rollout.speak import Utterance, media_states, speak
 
 BATCH_UTTERANCES = 48
+ROUNDS = 3
 MAX_FRAMES = 64
 """5 s: several times what the longest reply of a corpus of phrases takes."""
 
@@ -107,6 +110,18 @@ class Speaker:
         return made * (torch.arange(made.shape[1], device=made.device) < ends[:, None]), lengths
 
 
+@dataclass(slots=True)
+class Heard:
+    """A reply as it was heard, letter by letter, and its pitch in Hz, beside what was to be said and the pitch of the
+    original."""
+
+    text: str
+    said: str
+    speaker: str
+    pitch: float
+    original_pitch: float
+
+
 def talker_figures(
     config: RunConfig,
     folder: Path,
@@ -116,31 +131,90 @@ def talker_figures(
     run_dir: Path | None,
     through: Path,
 ) -> Iterator[SpeechFigures]:
-    """Words heard of what an exported Talker says: of a split (``unseen``) and of as many of train (``seen``).
+    """What is heard of an exported Talker, figures named after the task. Collective.
 
-    ``talker_cer``: character error rate of the unseen as heard, before words are snapped to the lexicon. Collective.
+    Words of a split (``unseen_words``) and of as many replies of train (``seen_words``); ``cer``: character error rate
+    of the unseen before words are snapped to the lexicon; ``f0_error``: how far the median pitch of a speaker is from
+    that of the originals, relative, the mean over speakers.
     """
     data = DataPipeline.of(config)
     speaker = Speaker(config, folder, through, data, ranks)
+    listener = listener_of(data, run_dir)
     for task, source in tasks.items():
-        listener = listener_of(data, task, source, run_dir)
+        found = SpeechFigures(task, {}, {}, [])
         unseen = split_tasks(data, {task: source}, split)[task]
         seen = split_tasks(data, {task: source}, "train")[task][: len(unseen)]
-        found = SpeechFigures(task, {}, {}, [])
-        for name, samples in (("talker_seen_words", seen), ("talker_unseen_words", unseen)):
+        for name, samples in ((f"{task}_seen_words", seen), (f"{task}_unseen_words", unseen)):
             heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world], ranks.rank), ranks)
-            found.pairs = [(listener.snap(text), said) for text, said in heard]
+            found.pairs = [(listener.snap(reply.text), reply.said) for reply in heard]
             found.figures[name] = word_accuracy(found.pairs)
             found.controls[name] = word_accuracy(swapped(found.pairs))
-        texts, said = zip(*heard, strict=True)
-        found.figures["talker_cer"] = float(jiwer.cer(list(said), [text or " " for text in texts]))
+        found.figures[f"{task}_cer"] = float(jiwer.cer([h.said for h in heard], [h.text or " " for h in heard]))
+        voices = sorted({reply.speaker for reply in heard})
+        own = {voice: [reply for reply in heard if reply.speaker == voice] for voice in voices}
+        words = {v: word_accuracy([(listener.snap(h.text), h.said) for h in replies]) for v, replies in own.items()}
+        pitches = {voice: medians(replies) for voice, replies in own.items()}
+        found.by_speaker[f"{task}_unseen_words"] = {voice: [words[voice], None] for voice in voices}
+        found.by_speaker[f"{task}_f0_hz"] = {voice: [*pitches[voice]] for voice in voices}
+        errors = [abs(made / original - 1) for made, original in pitches.values()]
+        found.figures[f"{task}_f0_error"] = float(np.mean(errors))
         yield found
 
 
-def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int) -> list[tuple[str, str]]:
-    """(heard, said) of the replies of samples, letter by letter."""
-    generator, heard = torch.Generator().manual_seed(seed), []
+def preference_figures(
+    config: RunConfig,
+    folder: Path,
+    tasks: dict[str, str],
+    split: str,
+    ranks: Ranks,
+    run_dir: Path | None,
+    through: Path,
+) -> Iterator[SpeechFigures]:
+    """What preferences changed: character error rates of the replies to a split before the stage and after it, each
+    reply sampled ROUNDS times, and the 95 % interval of the gain by a paired bootstrap over replies. Collective."""
+    data = DataPipeline.of(config)
+    start = init_of(config.init, "talker")
+    if start is None:
+        raise ConfigError(f"{config.stage.name} is measured against its start; add +init.talker=ITS_EXPORT")
+    speakers = [Speaker(config, Path(talker), through, data, ranks) for talker in (start, folder)]
+    listener = listener_of(data, run_dir)
+    for task, samples in split_tasks(data, tasks, split).items():
+        mine = samples[ranks.rank :: ranks.world]
+        errors, pairs = [], []
+        for speaker in speakers:
+            heard = [hear_replies(speaker, listener, mine, seed) for seed in range(ROUNDS)]
+            by_item = gather([[replies[n] for replies in heard] for n in range(len(mine))], ranks)
+            errors.append(np.array([np.mean([jiwer.cer(h.said, h.text or " ") for h in item]) for item in by_item]))
+            pairs = [(item[0].text, item[0].said) for item in by_item]
+        before, after = (float(each.mean()) for each in errors)
+        low, high = bootstrap_interval(errors[0] - errors[1])
+        figures = {"dpo_cer": after, "dpo_cer_gain_low": low, "dpo_cer_gain_high": high}
+        yield SpeechFigures(task, figures, {"dpo_cer": before}, pairs)
+
+
+def bootstrap_interval(values: np.ndarray, num_rounds: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of the mean, by drawing as many of the values with replacement."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(0, len(values), (num_rounds, len(values)))].mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def medians(heard: list[Heard]) -> tuple[float, float]:
+    """Median pitch in Hz of replies and of their originals."""
+    made, own = (np.array([getattr(reply, name) for reply in heard]) for name in ("pitch", "original_pitch"))
+    return float(np.nanmedian(made)), float(np.nanmedian(own))
+
+
+def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int) -> list[Heard]:
+    """The replies of samples, spoken and heard."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Heard] = []
     for start in range(0, len(samples), BATCH_UTTERANCES):
-        waves, lengths = speaker.waves(speaker.codes(samples[start : start + BATCH_UTTERANCES], generator))
-        heard += listener.hear(codec_mel(waves.cpu()), lengths)
-    return list(zip(heard, [clip.text for clip in clips_of(samples)], strict=True))
+        part = samples[start : start + BATCH_UTTERANCES]
+        waves, lengths = speaker.waves(speaker.codes(part, generator))
+        texts = listener.hear(codec_mel(waves.cpu()), lengths)
+        for n, (sample, original) in enumerate(zip(part, clips_of(part), strict=True)):
+            own = median_pitch(waves[n, : lengths[n]].cpu().numpy())
+            name = str(sample.content["speaker"])
+            found.append(Heard(texts[n], original.text, name, own, median_pitch(original.wave)))
+    return found

@@ -11,7 +11,7 @@ Shapes: B clips, N samples, M mel bands, F frames of 10 ms, C characters with th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from omni_train.data.encode import padded_waves
 from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.capabilities import gather, split_tasks
+from omni_train.evaluation.capabilities import gather, read_all, split_tasks
 from omni_train.evaluation.stoi import stoi
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import HOP, NUM_MELS, Codec, CodecEncoder, FrozenCodec, codec_mel
@@ -163,15 +163,16 @@ def clips_of(samples: Sequence[Sample]) -> list[Clip]:
     return clips
 
 
-def listener_of(data: DataPipeline, task: str, source: str, run_dir: Path | None) -> Recogniser:
-    """The recogniser of a task's training split, kept in a run folder for all measurements of that run."""
-    path = run_dir / f"recogniser_{task}.pt" if run_dir else None
+def listener_of(data: DataPipeline, run_dir: Path | None) -> Recogniser:
+    """The recogniser of all that the stage trains on, kept in a run folder for all measurements of that run."""
+    path = run_dir / "recogniser.pt" if run_dir else None
     if path and path.exists():
         state = torch.load(path, weights_only=True)
         listener = Recogniser(state["lexicon"]).eval()
         listener.load_state_dict(state["weights"])
         return listener
-    listener = train_recogniser(clips_of(split_tasks(data, {task: source}, "train")[task]), seed=0)
+    samples = [sample for name, source in data.config.mixture.items() for sample in read_all(data, name, source)]
+    listener = train_recogniser(clips_of(samples), seed=0)
     if path and dist.get_rank() == 0:
         torch.save({"lexicon": listener.lexicon, "weights": listener.state_dict()}, path)
     dist.barrier()
@@ -180,12 +181,14 @@ def listener_of(data: DataPipeline, task: str, source: str, run_dir: Path | None
 
 @dataclass(slots=True)
 class SpeechFigures:
-    """Figures of a task by name, those of its control (the words of another item), and (heard, said) of its items."""
+    """Figures of a task by name, those of its control (the words of another item), (heard, said) of its items, and
+    {figure: {speaker: [value, that of the originals or None]}}."""
 
     name: str
     figures: dict[str, float]
     controls: dict[str, float]
     pairs: list[tuple[str, str]]
+    by_speaker: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
 
 
 def speech_figures(
@@ -194,8 +197,8 @@ def speech_figures(
     """Figures of an export of codec (words at mel level) or code2wav (words and STOI of waves). Collective."""
     data, reconstruct = DataPipeline.of(config), load_reconstruction(config, folder)
     level = "mel" if config.stage.objective is Objective.codec else "wave"
+    listener = listener_of(data, run_dir)
     for task, samples in split_tasks(data, tasks, split).items():
-        listener = listener_of(data, task, tasks[task], run_dir)
         mine = clips_of(samples[ranks.rank :: ranks.world])
         found: list[tuple] = []
         for start in range(0, len(mine), BATCH_CLIPS):

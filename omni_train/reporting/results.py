@@ -2,7 +2,7 @@
 
     {"stages": [{"name", "tokens", "seconds", "tokens_per_second", "loss": {modality: nats}}],
      "capabilities": {name: value}, "controls": {name: value}, "environment": {...},
-     "by_lang": {name: {language: [value, control]}}}
+     "by_lang": {name: {language: [value, control]}}, "by_speaker": {name: {speaker: [value, of the originals]}}}
 
 Fractions lie in 0–1; any other unit is in the name. Written by one rank only.
 """
@@ -72,10 +72,11 @@ def add_capabilities(run_dir: Path, capabilities: dict[str, float], controls: di
     _write(run_dir, results)
 
 
-def add_by_lang(run_dir: Path, figures: dict[str, dict[str, list[float | None]]]) -> None:
-    """Writes {figure: {language: [value, its control or None]}} under ``by_lang``, which no table shows."""
+def add_apart(run_dir: Path, key: str, figures: dict[str, dict[str, list[float | None]]]) -> None:
+    """Writes {figure: {group: [value, its control or None]}} under ``key`` (by_lang, by_speaker), which no table
+    shows."""
     results = load_results(run_dir)
-    results["by_lang"] = results.get("by_lang", {}) | figures
+    results[key] = results.get(key, {}) | figures
     _write(run_dir, results)
 
 

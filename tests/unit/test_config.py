@@ -47,9 +47,7 @@ def test_one_override_moves_every_stage_to_another_corpus(name: str) -> None:
         sources = {pattern for source in config.mixture.values() for pattern in source.shards}
         watched = {pattern for source in config.validation.values() for pattern in source.shards}
         watched = {pattern.replace("validation/", "train/") for pattern in watched}
-        if stage.startswith(
-            "thinker_"
-        ):  # they watch what they do not train, too
+        if stage.startswith("thinker_"):  # they watch what they do not train, too
             assert sources < watched or sources == watched
         else:
             assert sources == watched

@@ -24,13 +24,14 @@ ORDER = (
     "corpus",
     "recipe",
     "measure",
+    "pairs",
     "run",
-    "ablate",
+    "cli_data",
     "cli",
     "__main__",
 )
 ANYWHERE = ("config", "data.contracts")
-REPORTING_USERS = ("train", "measure", "run", "ablate", "cli", "__main__")
+REPORTING_USERS = ("train", "measure", "run", "cli", "__main__")
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80

@@ -1,0 +1,147 @@
+"""Preference pairs for the Talker: replies that it samples, heard and ranked, the best over the worst.
+
+    prompts ──Talker, several times──▶ codes ──Code2Wav──▶ waves ──AuT──▶ character error rate ─┐
+                                                             └──▶ likeness to the speaker's clip ┴─▶ chosen, rejected
+
+New shards hold a sample's members with ``codes.npy`` and ``rejected.codes.npy``; samples whose replies are all alike
+are left out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import soundfile
+import torch
+import webdataset
+from torch import Tensor
+
+from omni_train.config import RunConfig
+from omni_train.data.audio import decode_audio
+from omni_train.data.codes import speech_member, to_npy
+from omni_train.data.contracts import Sample
+from omni_train.data.layouts import MESSAGES, read_content
+from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
+from omni_train.data.pipeline import DataPipeline
+from omni_train.data.shard import DataError, SampleScan
+from omni_train.data.talker_sequence import CODES, REJECTED
+from omni_train.engine.parallel import Ranks
+from omni_train.evaluation.speaking import BATCH_UTTERANCES, Speaker
+from omni_train.evaluation.transcription import load_transcriber, transcribe_all
+from omni_train.evaluation.voice import likeness
+
+QUESTION = "what is said?"
+
+
+@dataclass(slots=True)
+class Reply:
+    """A sampled reply: codes [G, T], character error rate as AuT hears it, likeness to the speaker's own clip."""
+
+    codes: Tensor
+    cer: float
+    likeness: float
+
+    def score(self, likeness_weight: float) -> float:
+        """More is better."""
+        return likeness_weight * self.likeness - self.cer
+
+
+class PairMaker:
+    """Samples replies of an exported Talker and ranks them. ``question`` is what AuT is asked."""
+
+    def __init__(
+        self, config: RunConfig, talker: Path, code2wav: Path, judge: Path, ranks: Ranks, question: str = QUESTION
+    ) -> None:
+        self.speaker = Speaker(config, talker, code2wav, DataPipeline.of(config), ranks)
+        self.judge, tokenizer = load_transcriber(judge)
+        self.judge.to(ranks.device)
+        self.encoder = DataPipeline(config, tokenizer).encoder
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.question, self.ranks = question, ranks
+
+    def replies(self, samples: list[Sample], texts: list[str]) -> list[Reply]:
+        """One reply to each sample, ``texts`` being what they are to say."""
+        codes = self.speaker.codes(samples, self.generator)
+        waves, lengths = self.speaker.waves(codes)
+        spoken = [wave[:length].cpu().numpy() for wave, length in zip(waves, lengths, strict=True)]
+        heard = transcribe_all(
+            self.judge,
+            self.encoder,
+            [self._asked(wave, text) for wave, text in zip(spoken, texts, strict=True)],
+            window_sec=[8],
+            max_new_tokens=64,
+            device=self.ranks.device,
+        )[8]
+        originals = [decode_audio(s.members[str(speech_member(s.content))], CODEC_SAMPLE_RATE_HZ) for s in samples]
+        return [
+            Reply(own, float(jiwer.cer(text, answer or " ")), likeness(wave, original))
+            for own, text, (answer, _), wave, original in zip(codes, texts, heard, spoken, originals, strict=True)
+        ]
+
+    def _asked(self, wave: np.ndarray, text: str) -> Sample:
+        """AuT's question about a wave; a reply of no frames is heard as a tenth of a second of silence."""
+        file = io.BytesIO()
+        wave = wave if len(wave) else np.zeros(CODEC_SAMPLE_RATE_HZ // 10, np.float32)
+        soundfile.write(file, wave.clip(-1, 1), CODEC_SAMPLE_RATE_HZ, format="FLAC")
+        asked = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": self.question}]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+        return Sample("reply", "", "", {"messages": messages}, {"a.flac": file.getvalue()})
+
+
+def add_pairs(shard: Path, out: Path, maker: PairMaker, num_replies: int, likeness_weight: float, margin: float) -> int:
+    """Write ``out``: the samples of ``shard`` of whose replies the best is ``margin`` better than the worst; how many.
+
+    ``out`` appears when it is whole. Raises DataError naming a sample without a spoken reply, FileExistsError where
+    ``out`` is there.
+    """
+    if out.exists():
+        raise FileExistsError(f"'{out}' exists; pairs go into new shards: give another folder, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, num_pairs = out.with_name(f"{out.name}.tmp{os.getpid()}"), 0
+    try:
+        with webdataset.TarWriter(str(temporary), encoder=False, mtime=0.0) as writer:
+            for samples, texts in _batches(shard):
+                rounds = [maker.replies(samples, texts) for _ in range(num_replies)]
+                for sample, replies in zip(samples, zip(*rounds, strict=True), strict=True):
+                    ranked = sorted(
+                        (reply for reply in replies if reply.codes.shape[1]), key=lambda r: r.score(likeness_weight)
+                    )
+                    if len(ranked) > 1 and _gap(ranked, likeness_weight) >= margin:
+                        codes = {CODES: ranked[-1].codes, REJECTED: ranked[0].codes}
+                        made = {name: to_npy(own.cpu().numpy()) for name, own in codes.items()}
+                        writer.write({"__key__": sample.key, **sample.members, **made})
+                        num_pairs += 1
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_pairs
+
+
+def _gap(ranked: list[Reply], likeness_weight: float) -> float:
+    return ranked[-1].score(likeness_weight) - ranked[0].score(likeness_weight)
+
+
+def _batches(shard: Path) -> Iterator[tuple[list[Sample], list[str]]]:
+    """The samples of a shard with the texts of their replies, a batch at a time."""
+    samples: list[Sample] = []
+    texts: list[str] = []
+    for found in SampleScan(shard):
+        if found.error:
+            raise DataError.at(shard, found.offset, found.error, key=found.key)
+        content = read_content(found.members, MESSAGES)
+        if speech_member(content) is None or content["messages"][-1]["role"] != "assistant":
+            raise DataError.at(shard, found.offset, "it has no reply with its clip", key=found.key)
+        said = content["messages"][-1]["content"]
+        samples.append(Sample(found.key, str(shard), found.key, content, dict(found.members)))
+        texts.append("".join(part["text"] for part in said if part["type"] == "text").strip())
+        if len(samples) == BATCH_UTTERANCES:
+            yield samples, texts
+            samples, texts = [], []
+    if samples:
+        yield samples, texts
