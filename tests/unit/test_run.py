@@ -80,6 +80,95 @@ def test_a_wrong_recipe_names_file_key_and_choice(tmp_path: Path, before: str, a
         assert part in str(caught.value)
 
 
+SPEECH = """
+name: speech
+overrides: [model=tiny, engine=cpu1]
+tasks:
+  talk: [talker]
+data:
+  codes: {codec: codec, only: "*/talk/*.tar"}
+  pairs: {of: codes, talker: talker_pretrain, through: code2wav, judge: aut_pretrain, only: "*/talk/*.tar"}
+stages:
+  - stage: aut_pretrain
+  - stage: codec
+  - stage: code2wav
+    init: {codec_encoder: codec}
+  - stage: talker_pretrain
+    data: codes
+    evaluate: [{tasks: [talker], through: code2wav}]
+  - stage: talker_dpo
+    data: pairs
+    init: {talker: talker_pretrain, mtp: talker_pretrain}
+"""
+
+
+@pytest.mark.parametrize(
+    "before, after, parts",
+    [
+        ("    data: codes\n", "    data: code\n", ["talker_pretrain", "no data 'code'", "did you mean 'codes'"]),
+        ("of: codes", "of: cods", ["for stage talker_dpo", "no data 'cods'", "did you mean 'codes'"]),
+        ("of: codes", "of: pairs", ["for stage talker_dpo", "no data 'pairs'"]),
+        ("codec: codec,", "codec: talker_dpo,", ["data.codes.codec 'talker_dpo' is no stage before talker_pretrain"]),
+        (", judge: aut_pretrain", "", ["'talker', 'through' and 'judge'", "it has talker, through"]),
+        ("through: code2wav}]", "through: code2wv}]", ["talker_pretrain.evaluate", "did you mean 'code2wav'"]),
+    ],
+)
+def test_wrong_data_of_a_recipe_is_named(tmp_path: Path, before: str, after: str, parts: list[str]) -> None:
+    assert before in SPEECH
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write_recipe(tmp_path, SPEECH.replace(before, after, 1)))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_data_is_made_before_the_stage_that_trains_on_it_and_again_when_its_maker_was_trained_anew(
+    tmp_path: Path, monkeypatch
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, SPEECH))
+    commands: list[list[str]] = []
+
+    def run_ranks(command: list[str], *_) -> int:
+        commands.append(command)
+        Path(command[command.index("--out") + 1]).mkdir(parents=True)  # as `data codes` does; it must not be there
+        return 0
+
+    monkeypatch.setattr("omni_train.launching.local.run_ranks", run_ranks)
+    run_dir, corpus = tmp_path / "run", str(tmp_path / "corpus")
+    for stage in recipe.stages[:-1]:
+        (run_dir / stage.stage).mkdir(parents=True)
+        (run_dir / stage.stage / "DONE").touch()
+    last = recipe.stage("talker_dpo")
+    own = stage_overrides(recipe, last, run_dir, [])
+    assert f"data.root={run_dir}/data/pairs" in own
+    config = load("talker_dpo", own)
+
+    def made() -> list[str]:
+        commands.clear()
+        assert running.make_data(recipe, last, config, run_dir, corpus, own) == 0
+        return [command[1] for command in commands]
+
+    assert made() == ["codes", "pairs"]
+    codes, pairs = commands
+    assert codes[2:4] == [corpus, "--out"] and codes[-2:] == ["--codec", f"{run_dir}/codec/export"]
+    assert pairs[2] == f"{run_dir}/data/codes" and pairs[-len(own) :] == own
+    assert f"{run_dir}/aut_pretrain/export" == pairs[pairs.index("--judge") + 1]
+    assert made() == []
+    done = run_dir / "code2wav" / "DONE"
+    os.utime(done, ns=(0, done.stat().st_mtime_ns + 1))
+    assert made() == ["pairs"]
+    (run_dir / "talker_dpo").mkdir()
+    (run_dir / "talker_dpo" / "DONE").touch()
+    os.utime(done, ns=(0, done.stat().st_mtime_ns + 1))
+    assert made() == [], "a finished stage needs no data"
+
+
+def test_a_talker_without_code2wav_is_refused_before_it_trains(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, SPEECH.replace(", through: code2wav}]", "}]")))
+    exported(tmp_path / "run", "talker_pretrain")
+    with pytest.raises(ConfigError, match="talker_pretrain is heard through Code2Wav"):
+        jobs_of_run(recipe, tmp_path / "run", "talker_pretrain", [])
+
+
 def test_a_missing_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="no recipe 'recipes/tyni.yaml'; did you mean 'recipes/tiny.yaml'"):
         load_recipe(Path("recipes/tyni.yaml"))
