@@ -11,7 +11,7 @@ from omni_train.data.pipeline import media_geometry
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.engine.deepspeed import build_engine
 from omni_train.evaluation import capabilities
-from omni_train.evaluation.capabilities import Answers, answer_all, gather, score
+from omni_train.evaluation.capabilities import Answers, answer_all, compared, gather, score
 from omni_train.models.build import thinker_config
 from omni_train.models.weights import yarn_factor_of
 from omni_train.stage import build_modules
@@ -60,3 +60,12 @@ def test_ranks_share_the_samples_also_when_one_has_none(num_samples):
     both = run_ranks(2, answers, tokenizer_folder(), num_samples, 2)
     assert both[0] == both[1] == alone
     assert [reference for _, reference in alone] == [f"word {n}" for n in range(num_samples)]
+
+
+def test_a_pattern_asks_for_the_form_alone():
+    pattern = r"\[[^\]\n]+\]"
+    assert compared("[cat]", "[dog]", pattern) == ("[dog]", "[dog]")
+    answer, reference = compared("cat", "[dog]", pattern)
+    assert answer == "cat" and reference != answer
+    assert compared("[cat] yes", "[dog]", pattern)[0] != compared("[cat] yes", "[dog]", pattern)[1]
+    assert compared("cat", "dog", None) == ("cat", "dog")
