@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from omni_train.reporting.formatting import MISSING, format_count, format_duration, sort_modalities
+from omni_train.reporting.formatting import MISSING, MODALITY_ORDER, format_count, format_duration, sort_modalities
 
 WINDOW_SEC = 30.0
 LINE_INTERVAL_SEC = 5.0
@@ -113,10 +113,10 @@ def describe_metrics(metrics: dict[str, float]) -> list[str]:
     """The parts of a progress line: losses (nats), learning rate (its range over components), gradient norm."""
     parts = []
     losses = {key.removeprefix("loss/"): value for key, value in metrics.items() if key.startswith("loss/")}
-    if losses:
-        parts.append("loss " + " ".join(f"{name} {losses[name]:.3f}" for name in sort_modalities(set(losses))))
-    elif "loss" in metrics:
-        parts.append(f"loss {metrics['loss']:.3f}")
+    whole = [f"{metrics['loss']:.3f}"] if "loss" in metrics and not set(losses) & set(MODALITY_ORDER) else []
+    if losses or whole:
+        named = [f"{name} {losses[name]:.3f}" for name in sort_modalities(set(losses))]
+        parts.append("loss " + " ".join(whole + named))
     rates = [value for key, value in metrics.items() if key == "lr" or key.startswith("lr/")]
     if rates:
         low, high = min(rates), max(rates)

@@ -97,6 +97,8 @@ def test_a_narrow_terminal_gets_a_bar_with_the_same_content(monkeypatch):
 def test_learning_rates_are_a_range_and_a_lone_loss_is_shown():
     metrics = {"loss": 2.0, "lr/llm": 1e-4, "lr/audio_adapter": 1e-3, "grad_norm": 0.5}
     assert describe_metrics(metrics) == ["loss 2.000", "lr 1.00e-04…1.00e-03", "grad 0.50"]
+    assert describe_metrics({"loss": 2.0, "loss/commitment": 0.004}) == ["loss 2.000 commitment 0.004"]
+    assert describe_metrics({"loss": 2.0, "loss/text": 2.0, "loss/router": 1.0}) == ["loss text 2.000 router 1.000"]
 
 
 @pytest.mark.parametrize(
