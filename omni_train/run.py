@@ -169,9 +169,10 @@ def run(path: Path, overrides: list[str]) -> int:
                 check_through(config, measurement.through)
         if not stage.data and not (Path(config.run_dir) / "DONE").exists():
             check_inputs(config)
+    roots = {stage.stage: config.data.root for stage, config in zip(recipe.stages, configs, strict=True)}
     for number, (stage, config, own) in enumerate(zip(recipe.stages, configs, arguments, strict=True), 1):
         print(f"[{number}/{len(configs)}] {stage.stage}", flush=True)
-        status = make_data(recipe, stage, config, run_dir, root, own) or start_stage(config, [stage.stage, *own])
+        status = make_data(recipe, stage, config, run_dir, roots, own) or start_stage(config, [stage.stage, *own])
         if status:
             return status
         print(stage_line(load_results(run_dir), stage.stage), flush=True)
@@ -183,24 +184,26 @@ def run(path: Path, overrides: list[str]) -> int:
     return 0
 
 
-def make_data(recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: Path, corpus: str, own: list[str]) -> int:
+def make_data(
+    recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: Path, roots: dict[str, str], own: list[str]
+) -> int:
     """Make on local ranks the shards that a stage trains on, unless it is finished or they were made of the same; the
-    exit status. ``own`` are the stage's overrides."""
+    exit status. ``roots``: the data.root of each stage, ``own``: the overrides of this one."""
     from omni_train.launching.local import run_ranks
 
     if (Path(config.run_dir) / "DONE").exists():
         return 0
     for name in recipe.made_for(stage):
         made, folder = recipe.data[name], run_dir / "data" / name
-        source = run_dir / "data" / made.of if made.of else Path(corpus).resolve()
-        done = {role: done_at(run_dir / own_stage) for role, own_stage in made.stages.items()}
-        made_of = json.dumps({**configuration.to_dict(made), "corpus": str(Path(corpus).resolve()), "done": done})
+        source = run_dir / "data" / made.of if made.of else Path(roots[made.codec or made.talker]).resolve()
+        done = {role: done_at(run_dir / maker) for role, maker in made.stages.items()}
+        made_of = json.dumps({**configuration.to_dict(made), "source": str(source), "done": done})
         if (folder / "DONE").exists() and (folder / "DONE").read_text() == made_of:
             continue
         shutil.rmtree(folder, ignore_errors=True)
         command = ["data", "codes" if made.codec else "pairs", str(source), "--out", str(folder), "--only", made.only]
-        for role, own_stage in made.stages.items():
-            command += [f"--{role}", str(run_dir / own_stage / "export")]
+        for role, maker in made.stages.items():
+            command += [f"--{role}", str(run_dir / maker / "export")]
         status = run_ranks([*command, *([] if made.codec else own)], config.engine)
         if status:
             return status

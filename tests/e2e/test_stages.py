@@ -1,4 +1,4 @@
-"""A micro recipe through the real command: seven stages, two steps each, handed over by export; stock loading."""
+"""The tiny recipe at micro size through the real command: a few steps a stage, handed over by export; stock loading."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ STAGES = [
 THINKER_STAGES = ["text_pretrain", *STAGES[3:]]
 
 
+OF_RECIPE = ("model=", "engine=", "model.text.num_hidden_layers=")
+"""Overrides of a micro stage that the recipe sets itself."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], list[str]]:
-    """(run folder, what the command printed, the command) of a finished micro recipe."""
+    """(run folder, what the command printed, the command) of the Thinker's pretraining."""
     folder = tmp_path_factory.mktemp("recipe")
     recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
-    for stage in recipe["stages"]:
-        stage.pop("overrides", None)
+    recipe["stages"] = recipe["stages"][: len(STAGES)]
     path = folder / "micro.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    values = [value for value in overrides(folder / "run") if not value.startswith(("model=", "engine="))]
+    path.write_text(yaml.safe_dump({**recipe, "data": {}}, sort_keys=False))
+    values = [value for value in overrides(folder / "run") if not value.startswith(OF_RECIPE)]
     command = ["run", str(path), *values, "stage.total_tokens=1200", "stage.context=512"]
     return folder / "run", omni_train(*command, timeout=580), command
 
@@ -60,6 +63,34 @@ def test_every_stage_runs_and_hands_over(finished) -> None:
     for noise in ("built successfully", "FutureWarning", "Writing model shards"):
         assert noise not in done.stdout + done.stderr
     assert done.stderr == ""
+
+
+FIGURES = (
+    *("codec_words_mel", "codec_words_wave", "codec_stoi", "talker_seen_words", "talker_unseen_words", "talker_cer"),
+    *("dpo_cer", "dpo_cer_gain_low", "speaker_f0_error", "speaker_unseen_words", "sft_format_exact"),
+    *("gspo_reward_start", "gspo_reward_end", "gspo_kl_to_start", "gspo_unseen_reward_end"),
+    *("distill_off_gap_closed", "distill_on_gap_closed"),
+)
+BESIDE = ("talker_seen_words/after_gspo", "talker_cer/after_dpo", "talker_f0_error/after_speaker")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_speech_and_post_training_go_on_from_the_thinker(finished) -> None:
+    """The rest of the recipe in the same run folder, on data that it makes on the way, every figure measured."""
+    run_dir, _, command = finished
+    recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
+    done = omni_train("run", str(ROOT / "recipes" / "tiny.yaml"), *command[2:], timeout=880)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("finished before") == len(STAGES)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert [stage["name"] for stage in results["stages"]] == [stage["stage"] for stage in recipe["stages"]]
+    assert set(FIGURES) <= set(results["capabilities"]) and set(BESIDE) <= set(results["controls"])
+    assert set(results["by_speaker"]["talker_f0_hz"]) == {"anna", "ben", "clara", "david"}
+    assert list((run_dir / "data" / "codes" / "heldout" / "talk").glob("*.tar"))
+    assert list((run_dir / "data" / "pairs" / "train" / "talk").glob("*.tar"))
+    again = omni_train("run", str(ROOT / "recipes" / "tiny.yaml"), *command[2:], timeout=100)
+    assert again.returncode == 0 and again.stdout.count("finished before") == len(recipe["stages"])
 
 
 @pytest.mark.parametrize("stage", THINKER_STAGES)

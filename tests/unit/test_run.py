@@ -144,7 +144,7 @@ def test_data_is_made_before_the_stage_that_trains_on_it_and_again_when_its_make
 
     def made() -> list[str]:
         commands.clear()
-        assert running.make_data(recipe, last, config, run_dir, corpus, own) == 0
+        assert running.make_data(recipe, last, config, run_dir, {"codec": corpus}, own) == 0
         return [command[1] for command in commands]
 
     assert made() == ["codes", "pairs"]
