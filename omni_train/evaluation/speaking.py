@@ -41,10 +41,10 @@ from omni_train.models.codec import codec_mel
 from omni_train.models.talker import Talker
 from omni_train.models.thinker import compose
 from omni_train.models.weights import load_components
-from omni_train.rollout.speak import Utterance, media_states, speak
+from omni_train.rollout.speak import GREEDY, MTP_SAMPLING, Sampling, Utterance, media_states, speak
 
 BATCH_UTTERANCES = 48
-ROUNDS = 3
+ROUNDS = 8
 MAX_FRAMES = 64
 """5 s: several times what the longest reply of a corpus of phrases takes."""
 
@@ -69,8 +69,11 @@ class Speaker:
         assert isinstance(data.encoder, Encoder) and data.encoder.speech is not None  # a Talker's stage
         self.encoder, self.format = data.encoder, data.encoder.speech
 
-    def codes(self, samples: list[Sample], generator: torch.Generator) -> list[Tensor]:
-        """Codes [G, T] of each sample's reply in the voice of its speaker; [G, 0] where nothing is said."""
+    def codes(self, samples: list[Sample], generator: torch.Generator | None = None) -> list[Tensor]:
+        """Codes [G, T] of each sample's reply in the voice of its speaker; [G, 0] where nothing is said.
+
+        The most likely ones, or drawn as stock draws them by default where a ``generator`` is given.
+        """
         prompts = [self.encoder.prompt_and_answer(sample) for sample in samples]
         states = media_states(self.thinker, [prompt for prompt, _ in prompts], self.format, self.encoder.geometry)
         utterances = [
@@ -85,6 +88,8 @@ class Speaker:
             utterances,
             self.format,
             self.encoder.geometry,
+            sampling=GREEDY if generator is None else Sampling(),
+            mtp_sampling=GREEDY if generator is None else MTP_SAMPLING,
             max_frames=MAX_FRAMES,
             generator=generator,
         ):
@@ -145,7 +150,7 @@ def talker_figures(
         unseen = split_tasks(data, {task: source}, split)[task]
         seen = split_tasks(data, {task: source}, "train")[task][: len(unseen)]
         for name, samples in ((f"{task}_seen_words", seen), (f"{task}_unseen_words", unseen)):
-            heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world], ranks.rank), ranks)
+            heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world]), ranks)
             found.pairs = [(listener.snap(reply.text), reply.said) for reply in heard]
             found.figures[name] = word_accuracy(found.pairs)
             found.controls[name] = word_accuracy(swapped(found.pairs))
@@ -171,7 +176,7 @@ def preference_figures(
     through: Path,
 ) -> Iterator[SpeechFigures]:
     """What preferences changed: character error rates of the replies to a split before the stage and after it, each
-    reply sampled ROUNDS times, and the 95 % interval of the gain by a paired bootstrap over replies. Collective."""
+    reply drawn ROUNDS times, and the 95 % interval of the gain by a paired bootstrap over replies. Collective."""
     data = DataPipeline.of(config)
     start = init_of(config.init, "talker")
     if start is None:
@@ -205,9 +210,9 @@ def medians(heard: list[Heard]) -> tuple[float, float]:
     return float(np.nanmedian(made)), float(np.nanmedian(own))
 
 
-def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int) -> list[Heard]:
-    """The replies of samples, spoken and heard."""
-    generator = torch.Generator().manual_seed(seed)
+def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int | None = None) -> list[Heard]:
+    """The replies of samples, spoken and heard: the most likely, or drawn from ``seed``."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     found: list[Heard] = []
     for start in range(0, len(samples), BATCH_UTTERANCES):
         part = samples[start : start + BATCH_UTTERANCES]

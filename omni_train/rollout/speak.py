@@ -43,6 +43,7 @@ class Sampling:
     repetition_penalty: float = 1.05
 
 
+GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
 MTP_SAMPLING = Sampling(temperature=1.0, top_p=0.8, repetition_penalty=1.0)
 
 

@@ -24,7 +24,7 @@ STAGES = [
 THINKER_STAGES = ["text_pretrain", *STAGES[3:]]
 
 
-OF_RECIPE = ("model=", "engine=", "model.text.num_hidden_layers=")
+OF_RECIPE = ("model=", "engine=", "model.text.num_hidden_layers=", "data.packs_per_lane=")
 """Overrides of a micro stage that the recipe sets itself."""
 
 
