@@ -42,6 +42,8 @@ def jobs_of_run(recipe: Recipe, run_dir: Path, only_stage: str | None, overrides
             folder = run_dir / writer.stage / "export"
             if folder.is_dir():
                 config = configuration.load(writer.stage, stage_overrides(recipe, writer, run_dir, overrides))
+                if made := recipe.made_for(writer):  # the first holds all samples, pairs of them those that differ
+                    config.data.root = str(run_dir / "data" / made[0])
                 if measurement.thinker:
                     config.init["thinker"] = str(run_dir / measurement.thinker / "export")
                 check_through(config, measurement.through)

@@ -40,7 +40,8 @@ class MadeData:
     """Shards that a recipe makes on the way, of those of the corpus (or of the data ``of``) that ``only`` matches.
 
     With ``codec``: ``omni-train data codes`` by the codec of that stage. With ``talker``: ``omni-train data pairs`` of
-    replies by the Talker of that stage, heard ``through`` a Code2Wav and ranked by the AuT of stage ``judge``.
+    replies by the Talker of that stage, heard ``through`` a Code2Wav and ranked by the AuT of stage ``judge``:
+    ``replies`` to each sample, the best of them at least ``margin`` better than the worst.
     """
 
     only: str
@@ -49,6 +50,8 @@ class MadeData:
     talker: str = ""
     through: str = ""
     judge: str = ""
+    replies: int = 4
+    margin: float = 0.05
 
     @property
     def stages(self) -> dict[str, str]:

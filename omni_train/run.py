@@ -204,7 +204,9 @@ def make_data(
         command = ["data", "codes" if made.codec else "pairs", str(source), "--out", str(folder), "--only", made.only]
         for role, maker in made.stages.items():
             command += [f"--{role}", str(run_dir / maker / "export")]
-        status = run_ranks([*command, *([] if made.codec else own)], config.engine)
+        if made.talker:
+            command += ["--replies", str(made.replies), "--margin", str(made.margin), *own]
+        status = run_ranks(command, config.engine)
         if status:
             return status
         (folder / "DONE").write_text(made_of)

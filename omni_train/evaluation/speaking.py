@@ -205,9 +205,11 @@ def bootstrap_interval(values: np.ndarray, num_rounds: int = 10_000) -> tuple[fl
 
 
 def medians(heard: list[Heard]) -> tuple[float, float]:
-    """Median pitch in Hz of replies and of their originals."""
-    made, own = (np.array([getattr(reply, name) for reply in heard]) for name in ("pitch", "original_pitch"))
-    return float(np.nanmedian(made)), float(np.nanmedian(own))
+    """Median pitch in Hz of replies and of their originals; NaN where none has a pitch."""
+    made, own = ([getattr(reply, name) for reply in heard] for name in ("pitch", "original_pitch"))
+    voiced = ([hz for hz in each if hz == hz] for each in (made, own))
+    made_hz, own_hz = (float(np.median(each)) if each else float("nan") for each in voiced)
+    return made_hz, own_hz
 
 
 def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int | None = None) -> list[Heard]:
