@@ -18,9 +18,9 @@ NUM_STEPS = 12
 START_LIMIT_SEC = 120.0
 
 
-def stage_command(stage: str, run_dir: Path) -> list[str]:
+def stage_command(stage: str, run_dir: Path, *extra: str) -> list[str]:
     budget = ("stage.total_tokens=5700", "save_every_steps=2", f"data.seed={len(stage)}")
-    return ["train", stage, *overrides(run_dir, *budget)]
+    return ["train", stage, *overrides(run_dir, *budget), *extra]
 
 
 def outcome(run_dir: Path) -> tuple[list[dict], str, str]:
@@ -32,8 +32,8 @@ def outcome(run_dir: Path) -> tuple[list[dict], str, str]:
     return records, digest, (run_dir / "DONE").read_text()
 
 
-def finish(stage: str, run_dir: Path) -> tuple[list[dict], str, str]:
-    done = omni_train(*stage_command(stage, run_dir))
+def finish(stage: str, run_dir: Path, *extra: str) -> tuple[list[dict], str, str]:
+    done = omni_train(*stage_command(stage, run_dir, *extra))
     assert done.returncode == 0, done.stdout + done.stderr
     return outcome(run_dir)
 
@@ -103,3 +103,21 @@ def test_kills_at_random_points_and_during_a_save_leave_no_trace(stage: str, tmp
     print(f"\n{stage}: killed after steps {steps}, the second while saving (left uncommitted: {is_cut_short})")
     assert_same(finish(stage, killed), straight)
     assert not is_saving(killed), "folders of interrupted saves are removed"
+
+
+ADVERSARIES = ("+stage.components.discriminator={lr: 2e-4, weight_decay: 0.0}", "stage.reconstruction.adversarial=0.1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_codec_and_code2wav_with_both_optimizers_and_the_average_go_on_too(tmp_path: Path) -> None:
+    codec = finish("codec", tmp_path / "straight" / "codec")
+    killed = tmp_path / "killed" / "codec"
+    kill_when("codec", killed, lambda: num_steps_logged(killed) >= 3)
+    assert_same(finish("codec", killed), codec)
+    extra = (f"+init.codec_encoder={tmp_path / 'straight' / 'codec' / 'export'}", *ADVERSARIES)
+    code2wav = finish("code2wav", tmp_path / "straight" / "code2wav", *extra)
+    assert {"loss/discriminator", "grad_norm/code2wav", "grad_norm/discriminators"} <= set(code2wav[0][0])
+    killed = tmp_path / "killed" / "code2wav"
+    kill_command(stage_command("code2wav", killed, *extra), killed, lambda: num_steps_logged(killed) >= 5)
+    assert_same(finish("code2wav", killed, *extra), code2wav)

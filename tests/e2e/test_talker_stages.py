@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 from corpus import micro_corpus, omni_train, overrides
+from test_resume import assert_same, kill_command, num_steps_logged, outcome
 
 PHRASES = ("red dog runs", "blue frog jumps", "green lion sleeps", "white goat eats")
 
@@ -119,3 +120,21 @@ def test_bad_speech_targets_are_left_out_and_named(corpus, tmp_path) -> None:
     assert set(found) == {f"k{number:03d}" for number in BAD}
     for number, error in ERRORS.items():
         assert error in found[f"k{number:03d}"], found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", ["talker_pretrain", "talker_dpo", "talker_speaker"])
+def test_a_killed_stage_goes_on_bit_for_bit(stage, corpus, pretrained, tmp_path) -> None:
+    extra = ["stage.total_tokens=5000", "save_every_steps=2"]
+    if stage != "talker_pretrain":
+        extra += [f"+init.{name}={pretrained / 'export'}" for name in ("talker", "mtp")]
+    straight, killed = tmp_path / "straight" / stage, tmp_path / "killed" / stage
+    for run_dir in (straight, killed):
+        command = ["train", stage, *stage_values(corpus, run_dir, *extra)]
+        if run_dir is killed:
+            kill_command(command, killed, lambda: num_steps_logged(killed) >= 3)
+        done = omni_train(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(records(straight)) > 6
+    assert_same(outcome(killed), outcome(straight))

@@ -153,6 +153,32 @@ def test_side_by_side_equals_alone(kinds, models, media):
     assert together == alone and len(together[0]) < len(first)
 
 
+def test_a_new_speaker_s_row_leaves_the_others_as_they_were(models, media):
+    """Bit for bit, in what is said and in every logit of it: nobody but its speaker reads a row."""
+    before = frames_of(models, "text", media, change=lambda _: iter([5] * 5))
+    output = ours(models, [spoken("text", media, np.array([5, 6]), before)])
+    row = models.talker.talker.model.codec_embedding.weight[MICRO.talker.speakers["ethan"]]
+    with torch.no_grad():
+        kept = row.clone()
+        row.normal_()
+    after = frames_of(models, "text", media, change=lambda _: iter([5] * 5))
+    changed = ours(models, [spoken("text", media, np.array([5, 6]), before)])
+    new = answer_frames(models, "ethan", media)
+    with torch.no_grad():
+        row.copy_(kept)
+    assert after.tolist() == before.tolist() and changed["losses"].equal(output["losses"])
+    assert new != answer_frames(models, "ethan", media), "its own speaker does change"
+
+
+def answer_frames(models: Models, speaker: str, media) -> list:
+    format = SpeechFormat(MICRO.talker, SpeechTokens.of(load_tokenizer(tokenizer_folder())))
+    options = {"sampling": GREEDY, "mtp_sampling": GREEDY, "max_frames": 11, "change": lambda _: iter([5] * 5)}
+    prompt, geometry = prompt_of("text", media), encoder_of().geometry
+    return torch.stack(
+        [*answer_in_speech(models.thinker, models.talker, prompt, speaker, format, geometry, **options)]
+    ).tolist()
+
+
 def test_drawing_follows_temperature_top_k_and_top_p():
     logits, generator = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.Generator().manual_seed(0)
 
