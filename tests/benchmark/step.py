@@ -1,6 +1,7 @@
 """How fast a training step is, loader included, beside a bare PyTorch loop and beside transformers' Trainer.
 
     PYTHONPATH=. python tests/benchmark/step.py [--stage s2_general] [--steps 20] [--rounds 3] [overrides ...]
+    PYTHONPATH=. python tests/benchmark/step.py --stage thinker_sft --peer SFTTrainer [overrides ...]
     PYTHONPATH=. python tests/benchmark/step.py --ranks 2 [overrides ...]
 
 All three read, decode and train on the same documents in the same order: ours and the bare loop as packs, Trainer as
@@ -136,9 +137,20 @@ def padded(steps: list[list[Document]]) -> dict[str, torch.Tensor]:
     return batch | ({"video_second_per_grid": torch.tensor(seconds)} if seconds else {})
 
 
-def stock_seconds(config: RunConfig, plans: list[list[PackPlan]]) -> list[float]:
-    """Seconds of each step but the first of transformers' Trainer with the stock Thinker on these documents."""
-    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+def trainer_classes(peer: str) -> tuple[type, type, dict]:
+    """(trainer, its arguments' class, further arguments) of transformers or TRL."""
+    if peer == "SFTTrainer":
+        from trl import SFTConfig, SFTTrainer
+
+        return SFTTrainer, SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    from transformers import Trainer, TrainingArguments
+
+    return Trainer, TrainingArguments, {}
+
+
+def stock_seconds(config: RunConfig, plans: list[list[PackPlan]], peer: str) -> list[float]:
+    """Seconds of each step but the first of a stock trainer with the stock Thinker on these documents."""
+    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, TrainerCallback
 
     from omni_train.models.build import thinker_config
 
@@ -152,8 +164,10 @@ def stock_seconds(config: RunConfig, plans: list[list[PackPlan]]) -> list[float]
     data = DataPipeline.of(config)
     model = Qwen3OmniMoeThinkerForConditionalGeneration(thinker_config(config.model, data.tokenizer))
     clock = Clock()
+    trainer_class, arguments_class, more_arguments = trainer_classes(peer)
+    more = {"processing_class": data.tokenizer} if peer == "SFTTrainer" else {}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = arguments_class(
             output_dir=folder,
             use_cpu=True,
             per_device_train_batch_size=1,
@@ -165,15 +179,17 @@ def stock_seconds(config: RunConfig, plans: list[list[PackPlan]]) -> list[float]
             disable_tqdm=True,
             remove_unused_columns=False,
             train_sampling_strategy="sequential",
+            **more_arguments,
         )
-        trainer = Trainer(model, arguments, data_collator=padded, train_dataset=Documents(data, plans, config))
+        documents = Documents(data, plans, config)
+        trainer = trainer_class(model, args=arguments, data_collator=padded, train_dataset=documents, **more)
         trainer.add_callback(clock)
         trainer.train()
     return [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
 
 
-def turns(config: RunConfig, num_steps: int, num_rounds: int) -> None:
-    """Ours, the bare loop and Trainer by turns on the same plan."""
+def turns(config: RunConfig, num_steps: int, num_rounds: int, peer: str) -> None:
+    """Ours, the bare loop and a stock trainer by turns on the same plan."""
     planner = DataPipeline.of(config).loader(0, 1).planner
     steps = [planner.next_step() for _ in range(2 + num_steps * num_rounds)]
     lengths = [document.num_tokens for plans in steps for plan in plans for document in plan.documents]
@@ -193,16 +209,16 @@ def turns(config: RunConfig, num_steps: int, num_rounds: int) -> None:
                 loop.step()
                 seconds[name] += time.perf_counter() - started
         if has_trainer:
-            seconds["stock"] = sum(stock_seconds(config, steps[at - 1 : at + num_steps]))
+            seconds["stock"] = sum(stock_seconds(config, steps[at - 1 : at + num_steps], peer))
         by_round.append(seconds)
         print("  " + ", ".join(f"{name} {tokens / value:,.0f} tokens/s" for name, value in seconds.items()), flush=True)
     step_ratio = statistics.median(s["ours"] / s["bare"] for s in by_round)
     print(f"our step / bare loop {step_ratio:.3f}")
     if has_trainer:
         stock_ratio = statistics.median(s["stock"] / s["ours"] for s in by_round)
-        print(f"our useful tokens/s / transformers' Trainer {stock_ratio:.2f}")
+        print(f"our useful tokens/s / {peer} {stock_ratio:.2f}")
     else:
-        print("transformers' Trainer was not measured: it needs `pip install accelerate`")
+        print(f"{peer} was not measured: it needs `pip install accelerate`")
 
 
 def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: int, num_rounds: int) -> None:
@@ -255,6 +271,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--peer", choices=["Trainer", "SFTTrainer"], default="Trainer", help="transformers' or TRL's")
     parser.add_argument("overrides", nargs="*", help="e.g. model=small stage.context=2048")
     options = parser.parse_args()
     is_rank = STEP_OF_RANK in os.environ
@@ -269,7 +286,7 @@ def main() -> None:
     if options.ranks > 1:
         return ranks_in_turn(options.stage, own, options.ranks, options.steps, options.rounds)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}
-    return turns(config, options.steps, options.rounds)
+    return turns(config, options.steps, options.rounds, options.peer)
 
 
 if __name__ == "__main__":
