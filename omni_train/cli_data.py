@@ -81,6 +81,7 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     pairs.add_argument("--talker", required=True, help="the export of a Talker's stage")
     pairs.add_argument("--through", required=True, help="the export of code2wav, which makes the replies heard")
     pairs.add_argument("--judge", required=True, help="the export of aut_pretrain, which hears them")
+    pairs.add_argument("--question", default="what is said?", help="that AuT is asked (default: what is said?)")
     pairs.add_argument("--replies", type=int, default=4, help="sampled to each sample (default 4)")
     pairs.add_argument("--likeness-weight", type=float, default=0.1, help="against the error rate (default 0.1)")
     pairs.add_argument("--margin", type=float, default=0.05, help="least difference of a pair's scores (default 0.05)")
@@ -166,7 +167,8 @@ def write_pairs(options: argparse.Namespace) -> int:
     ranks = parallel.start(config.engine)
     shards = shards_of_rank(options)
     parallel.any_rank(False, ranks.device)  # the tokenizer is there
-    maker = PairMaker(config, Path(options.talker), Path(options.through), Path(options.judge), ranks)
+    exports = [Path(folder) for folder in (options.talker, options.through, options.judge)]
+    maker = PairMaker(config, *exports, ranks, options.question)
     for shard, out in shards:
         num_pairs = add_pairs(shard, out, maker, options.replies, options.likeness_weight, options.margin)
         print(f"{out}: {num_pairs:,} pairs", flush=True)

@@ -36,8 +36,6 @@ from omni_train.evaluation.speaking import BATCH_UTTERANCES, Speaker
 from omni_train.evaluation.transcription import load_transcriber, transcribe_all
 from omni_train.evaluation.voice import likeness
 
-QUESTION = "what is said?"
-
 
 @dataclass(slots=True)
 class Reply:
@@ -56,13 +54,13 @@ class PairMaker:
     """Samples replies of an exported Talker and ranks them. ``question`` is what AuT is asked."""
 
     def __init__(
-        self, config: RunConfig, talker: Path, code2wav: Path, judge: Path, ranks: Ranks, question: str = QUESTION
+        self, config: RunConfig, talker: Path, code2wav: Path, judge: Path, ranks: Ranks, question: str
     ) -> None:
         self.speaker = Speaker(config, talker, code2wav, DataPipeline.of(config), ranks)
         self.judge, tokenizer = load_transcriber(judge)
         self.judge.to(ranks.device)
         self.encoder = DataPipeline(config, tokenizer).encoder
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator(device=ranks.device).manual_seed(config.seed)
         self.question, self.ranks = question, ranks
 
     def replies(self, samples: list[Sample], texts: list[str]) -> list[Reply]:

@@ -214,7 +214,8 @@ def medians(heard: list[Heard]) -> tuple[float, float]:
 
 def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int | None = None) -> list[Heard]:
     """The replies of samples, spoken and heard: the most likely, or drawn from ``seed``."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    device = speaker.talker.talker.codec_head.weight.device
+    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     found: list[Heard] = []
     for start in range(0, len(samples), BATCH_UTTERANCES):
         part = samples[start : start + BATCH_UTTERANCES]
