@@ -25,8 +25,11 @@ IsOpen = Callable[[bool], bool]
 Step = Callable[[Tensor, int, Tensor], Tensor]
 """``step(tokens [B], number, mask [B, 1, 1, past + 1])``: logits [B, V] after token ``number`` (from 1) of answers."""
 
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""``choose(logits [B, V], rows [B])``: the next tokens [B] of the answers numbered ``rows``."""
 
-def most_likely(logits_BV: Tensor) -> Tensor:
+
+def most_likely(logits_BV: Tensor, rows_B: Tensor) -> Tensor:
     """The greedy choice, [B]."""
     return logits_BV.argmax(-1)
 
@@ -59,26 +62,38 @@ def extend(
     stop_id: int,
     max_new_tokens: int,
     is_open_anywhere: IsOpen,
-    choose: Callable[[Tensor], Tensor] = most_likely,
+    choose: Choose = most_likely,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> list[list[int]]:
-    """Answers without the stop token, from the logits after the prompts; ``choose`` takes a token of each row."""
+    """Answers without the stop token, from the logits after the prompts; ``choose`` takes a token of each row.
+
+    ``keep(index)`` drops all other rows from what ``step`` remembers; with it, once half of the rows have ended, these
+    are written no further (at least one row stays, for ranks that others still wait for).
+    """
     answers: list[list[int]] = [[] for _ in logits_BV]
+    rows = torch.arange(len(answers), device=logits_BV.device)
     is_open = torch.ones(len(answers), dtype=torch.bool, device=logits_BV.device)
     for number in range(1, max_new_tokens + 1):
-        token = choose(logits_BV)
+        token = choose(logits_BV, rows)
         is_open &= token != stop_id
-        for answer, value, still in zip(answers, token.tolist(), is_open.tolist(), strict=True):
+        for row, value, still in zip(rows.tolist(), token.tolist(), is_open.tolist(), strict=True):
             if still:
-                answer.append(value)
+                answers[row].append(value)
         if number == max_new_tokens or not is_open_anywhere(bool(is_open.any())):
             break
+        if keep is not None and len(rows) > 1 and 2 * int(is_open.sum()) <= len(rows):
+            index = is_open.nonzero()[:, 0] if is_open.any() else rows.new_zeros(1)
+            keep(index)
+            rows, is_open, token, is_real_BL = rows[index], is_open[index], token[index], is_real_BL[index]
         is_real_BL = torch.cat([is_real_BL, torch.ones_like(is_real_BL[:, :1])], dim=1)
         logits_BV = step(token, number, is_real_BL[:, None, None, :])
     return answers
 
 
-def prefill(llm: LanguageModel, pack: Pack, media: MediaEmbeds | None, copies: int = 1) -> tuple[Tensor, Tensor, Step]:
-    """(logits [B, V] after each prompt, is_real [B, L], step) to ``extend`` from; B = documents × ``copies``.
+def prefill(
+    llm: LanguageModel, pack: Pack, media: MediaEmbeds | None, copies: int = 1
+) -> tuple[Tensor, Tensor, Step, Callable[[Tensor], None]]:
+    """(logits [B, V] after each prompt, is_real [B, L], step, keep) to ``extend`` from; B = documents × ``copies``.
 
     Each prompt is read once; its copies stand next to each other.
     """
@@ -100,7 +115,12 @@ def prefill(llm: LanguageModel, pack: Pack, media: MediaEmbeds | None, copies: i
     def step(token: Tensor, number: int, mask: Tensor) -> Tensor:
         return llm.step(llm.model.embed_tokens(token)[:, None], (last + number)[:, :, None], mask, cache)
 
-    return logits, is_real, step
+    def keep(index: Tensor) -> None:
+        nonlocal last
+        cache.batch_select_indices(index)
+        last = last[:, index]
+
+    return logits, is_real, step, keep
 
 
 @torch.no_grad()
@@ -114,8 +134,15 @@ def greedy(
     is_open_anywhere: IsOpen = bool,
 ) -> list[list[int]]:
     """Most likely continuation of each document of ``pack``: token ids, without the stop token."""
+    logits, is_real, step, keep = prefill(llm, pack, media)
     return extend(
-        *prefill(llm, pack, media), stop_id=stop_id, max_new_tokens=max_new_tokens, is_open_anywhere=is_open_anywhere
+        logits,
+        is_real,
+        step,
+        stop_id=stop_id,
+        max_new_tokens=max_new_tokens,
+        is_open_anywhere=is_open_anywhere,
+        keep=keep,
     )
 
 

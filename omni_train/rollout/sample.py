@@ -12,6 +12,7 @@ Shapes: D prompts, B answers being written (D × copies), V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -95,30 +96,33 @@ def sample(
     device = pack.input_ids.device
     numbers = [uniforms(f"{key}/{copy}", sampling.max_new_tokens) for key in keys for copy in range(copies)]
     uniforms_BN = torch.from_numpy(np.stack(numbers)).to(device)
-    tokens: list[Tensor] = []
-    log_probabilities: list[Tensor] = []
+    tokens: list[list[int]] = [[] for _ in numbers]
+    log_probabilities: list[list[float]] = [[] for _ in numbers]
+    num_chosen = itertools.count()
 
-    def choose(logits_BV: Tensor) -> Tensor:
-        token, log_probability = draw(logits_BV, uniforms_BN[:, len(tokens)], sampling, never)
-        tokens.append(token)
-        log_probabilities.append(log_probability)
+    def choose(logits_BV: Tensor, rows_B: Tensor) -> Tensor:
+        token, log_probability = draw(logits_BV, uniforms_BN[rows_B, next(num_chosen)], sampling, never)
+        for row, own, log in zip(rows_B.tolist(), token.tolist(), log_probability.tolist(), strict=True):
+            tokens[row].append(own)
+            log_probabilities[row].append(log)
         return token
 
+    logits, is_real, step, keep = prefill(llm, pack, thinker.towers(pack), copies)
     written = extend(
-        *prefill(llm, pack, thinker.towers(pack), copies),
+        logits,
+        is_real,
+        step,
         stop_id=stop_id,
         max_new_tokens=sampling.max_new_tokens,
         is_open_anywhere=is_open_anywhere,
         choose=choose,
+        keep=keep,
     )
-    tokens_BN, log_probabilities_BN = (torch.stack(x, dim=1).cpu().numpy() for x in (tokens, log_probabilities))
     answers = []
-    for row, own in enumerate(written):
-        is_ended = len(own) < tokens_BN.shape[1] and tokens_BN[row, len(own)] == stop_id
+    for own, drawn, logs in zip(written, tokens, log_probabilities, strict=True):
+        is_ended = len(own) < len(drawn) and drawn[len(own)] == stop_id
         length = len(own) + is_ended
-        answers.append(
-            Answer(tokens_BN[row, :length].copy(), log_probabilities_BN[row, :length].copy(), bool(is_ended))
-        )
+        answers.append(Answer(np.array(drawn[:length]), np.array(logs[:length], np.float32), is_ended))
     return [answers[n : n + copies] for n in range(0, len(answers), copies)]
 
 
