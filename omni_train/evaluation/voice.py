@@ -13,12 +13,15 @@ from omni_train.models.codec import codec_mel
 
 WINDOW, HOP = CODEC_SAMPLE_RATE_HZ * 40 // 1000, CODEC_SAMPLE_RATE_HZ // 100
 LOWEST_HZ, HIGHEST_HZ = 60.0, 420.0
+HEARD_BELOW_HZ = 900.0
+OCTAVE_COST = 0.02
 MIN_PERIODICITY = 0.5
 """Of a voiced frame: its normalised autocorrelation at the period."""
 
 
 def pitch(wave_N: np.ndarray) -> np.ndarray:
-    """F0 in Hz of the voiced frames: the first high peak of the normalised autocorrelation. Empty for silence."""
+    """F0 in Hz of the voiced frames: the highest peak of the normalised autocorrelation, less a cost for each octave
+    down (Boersma 1993). Empty for silence."""
     if len(wave_N) < WINDOW:
         return np.empty(0)
     frames = np.lib.stride_tricks.sliding_window_view(wave_N.astype(np.float64), WINDOW)[::HOP]
@@ -26,16 +29,15 @@ def pitch(wave_N: np.ndarray) -> np.ndarray:
     power = (frames**2).mean(1)
     frames = frames[power > 0.02 * max(power.max(), 1e-9)]
     spectrum = np.fft.rfft(frames, 2 * WINDOW)
+    spectrum[:, int(HEARD_BELOW_HZ / CODEC_SAMPLE_RATE_HZ * 2 * WINDOW) :] = 0  # formants and noise
     correlation = np.fft.irfft(np.abs(spectrum) ** 2)[:, :WINDOW]
     overlap = 1 - np.arange(WINDOW) / WINDOW
     correlation = correlation / np.maximum(correlation[:, :1], 1e-12) / np.maximum(overlap, 0.1)
     first, last = int(CODEC_SAMPLE_RATE_HZ / HIGHEST_HZ), int(CODEC_SAMPLE_RATE_HZ / LOWEST_HZ)
     searched = correlation[:, first:last]
-    best = searched.max(1)
-    is_peak = searched >= 0.9 * best[:, None]  # the first: later ones are two periods and more
-    is_peak[:, 1:-1] &= (searched[:, 1:-1] >= searched[:, :-2]) & (searched[:, 1:-1] >= searched[:, 2:])
-    period = first + is_peak.argmax(1)
-    return CODEC_SAMPLE_RATE_HZ / period[best > MIN_PERIODICITY]
+    chosen = (searched - OCTAVE_COST * np.log2(np.arange(first, last) / first)).argmax(1)
+    is_voiced = searched[np.arange(len(searched)), chosen] > MIN_PERIODICITY
+    return CODEC_SAMPLE_RATE_HZ / (first + chosen[is_voiced])
 
 
 def median_pitch(wave_N: np.ndarray) -> float:
