@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from omni_train.reporting.formatting import MISSING, format_count, format_durati
 from omni_train.reporting.metrics import decode_json, encode_json
 
 RESULTS_FILE = "results.json"
+LOSS_COLUMNS = 7
+"""Stages in a table of losses: what fits a terminal of 110 columns."""
 PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "tokenizers", "numpy")
 LOWER_IS_BETTER = frozenset(
     {"wer", "cer", "error", "errors", "loss", "nats", "distance", "perplexity", "latency", "kl"}
@@ -102,8 +105,8 @@ def render_table(results: dict[str, Any], bars: dict[str, float] | None) -> str:
     """
     console = Console(file=io.StringIO(), width=200, no_color=True, force_terminal=False)
     console.print(_stage_table(results["stages"]))
-    if loss_columns(results["stages"]):
-        console.print(_loss_table(results["stages"]))
+    for table in _loss_tables([stage for stage in results["stages"] if stage.get("loss")]):
+        console.print(table)
     if results["capabilities"] or bars:
         console.print(_capability_table(results, bars or {}))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -159,15 +162,23 @@ def _stage_table(stages: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _loss_table(stages: list[dict[str, Any]]) -> Table:
-    stages = [stage for stage in stages if stage.get("loss")]
-    table = Table(box=SIMPLE_HEAD, title="Held-out loss, nats a token", title_justify="left", pad_edge=False)
-    table.add_column("source", no_wrap=True)
-    for stage in stages:
-        table.add_column(stage["name"].replace("_", "\n", 1), justify="right", no_wrap=True)
-    for name in loss_columns(stages):
-        table.add_row(name, *(format_value(stage["loss"].get(name)) for stage in stages))
-    return table
+def _loss_tables(stages: list[dict[str, Any]]) -> Iterator[Table]:
+    """A table for every LOSS_COLUMNS stages; from the second on with the newest loss of the stages before."""
+    before: dict[str, float] = {}
+    for start in range(0, len(stages), LOSS_COLUMNS):
+        part = stages[start : start + LOSS_COLUMNS]
+        names = loss_columns(part)
+        if has_before := any(name in before for name in names):
+            part = [{"name": "before", "loss": before}, *part]
+        table = Table(box=SIMPLE_HEAD, title="Held-out loss, nats a token", title_justify="left", pad_edge=False)
+        table.add_column("source", no_wrap=True)
+        for stage in part:
+            table.add_column(stage["name"].replace("_", "\n", 1), justify="right", no_wrap=True)
+        for name in names:
+            table.add_row(name, *(format_value(stage["loss"].get(name)) for stage in part))
+        yield table
+        for stage in part[int(has_before) :]:
+            before = before | stage["loss"]
 
 
 def _capability_table(results: dict[str, Any], bars: dict[str, float]) -> Table:

@@ -102,3 +102,16 @@ def test_the_table_has_its_columns_in_a_fixed_order():
     ]
     assert "\x1b" not in table
     assert "Capabilities" not in render_table(results | {"capabilities": {}}, None)
+
+
+def test_many_stages_have_several_tables_with_the_losses_before(tmp_path):
+    """The thinker's seven stages, then speech and post-training: each beside what the source had before."""
+    stages = [{"name": f"stage_{n}", "loss": {"text": 5.0 - n}} for n in range(7)]
+    stages += [{"name": "codec", "loss": {"talk": 0.5}}, {"name": "thinker_sft", "loss": {"text": -1.5, "chat": 2.0}}]
+    text = render_table({"stages": stages, "capabilities": {}, "controls": {}}, None)
+    _, first, second = text.split("Held-out loss, nats a token\n")
+    assert "before" not in first and first.count("stage") == 7
+    rows = {line.split()[0]: line.split()[1:] for line in second.splitlines() if line.strip() and "─" not in line}
+    assert rows["source"] == ["before", "codec", "sft"]
+    assert rows["text"] == ["-1.000", "–", "-1.500"] and rows["talk"] == ["–", "0.500", "–"]
+    assert rows["chat"] == ["–", "–", "2.000"]
