@@ -111,6 +111,10 @@ class StageConfig:
                     f"stage.components.{name}: stage {self.name} does not train '{name}' with objective "
                     f"{self.objective.name}; its components: {', '.join(TRAINABLE[self.objective])}"
                 )
+        if self.objective in (Objective.distillation, Objective.gspo) and "llm" not in self.components:
+            raise ConfigError(
+                f"stage.components lacks 'llm', which objective {self.objective.name} trains; add stage.components.llm"
+            )
         if not (len(self.audio_window_sec) == 2 and 1 <= self.audio_window_sec[0] <= self.audio_window_sec[1] <= 8):
             raise ConfigError(
                 f"stage.audio_window_sec {self.audio_window_sec} must be [least, most] within 1 and 8 seconds"

@@ -183,3 +183,18 @@ def test_an_error_that_is_its_own_cause_is_explained_all_the_same() -> None:
     error = ValueError("stage.context must be positive")
     error.__cause__ = error
     assert configuration.explain(error) == "stage.context must be positive"
+
+
+@pytest.mark.parametrize("stage", ["thinker_gspo", "thinker_distill_on"])
+def test_what_learns_from_answers_trains_the_llm(stage: str) -> None:
+    with pytest.raises(ConfigError, match="lacks 'llm'.*add stage.components.llm"):
+        load(stage, ["~stage.components.llm"])
+
+
+def test_the_thinker_is_short_for_its_components() -> None:
+    init = {"thinker": "t", "audio_encoder": "a", "all": "w"}
+    found = {name: configuration.init_of(init, name) for name in ("llm", "audio_encoder", "talker")}
+    assert found == {"llm": "t", "audio_encoder": "a", "talker": "w"}
+    assert configuration.init_of({"thinker": "t"}, "talker") is None
+    with pytest.raises(ConfigError, match="init: no component is called 'thinkr'; did you mean 'thinker'"):
+        load("s2_general", ["+init.thinkr=x"])
