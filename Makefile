@@ -47,9 +47,11 @@ test-all: setup  ## every test, the slow ones too, with the same floor
 	$(call pytest)
 
 # Tests of single processes side by side, then one by one those that start ranks, which want the processors for themselves.
-pytest = $(BIN)/python -m pytest $(1) -n auto --dist loadfile tests/unit tests/parity --cov=omni_train --cov-report= \
-	&& $(BIN)/python -m pytest $(1) tests/invariant tests/e2e --cov=omni_train --cov-append --cov-report=term \
-	  --cov-fail-under=$(COVERAGE_FLOOR)
+pytest = failed=0; \
+	$(BIN)/python -m pytest $(1) -n auto --dist loadfile tests/unit tests/parity --cov=omni_train --cov-report= || failed=1; \
+	$(BIN)/python -m pytest $(1) tests/invariant tests/e2e --cov=omni_train --cov-append --cov-report=term \
+	  --cov-fail-under=$(COVERAGE_FLOOR) || failed=1; \
+	exit $$failed
 
 # In a folder of its own: only these tests may see it, and its wheels are for CUDA (tests/parity/torchvision_for_tests.py).
 $(TORCHVISION)/torchvision: | setup

@@ -80,7 +80,7 @@ def test_tokens_of_each_kind():
     assert silent == 10 * 15 * 20
     video.has_audio, video.num_samples, video.sample_rate_hz = True, 160_000, 16_000
     assert media_num_tokens(video, GEOMETRY) == silent + 130 + 2
-    with pytest.raises(ValueError, match="'smell'; it must be audio, image, video or codes"):
+    with pytest.raises(ValueError, match="'smell'; it must be audio, image, video, codes or speech"):
         media_num_tokens(MediaFacts("x", "smell"), GEOMETRY)
 
 
