@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from omni_train.evaluation.capabilities import Answers
 
 
+SPEECH = (Objective.codec, Objective.code2wav, Objective.talker, Objective.talker_dpo)
+"""Objectives whose exports are measured by what is heard, on what they train on."""
+
+
 @dataclass(slots=True)
 class Job:
     """One measurement, ready to run: the export, the configuration of the stage that wrote it, {task: source}, and for
@@ -67,20 +71,25 @@ def job_of_export(
 ) -> Job:
     """One measurement of an export folder, by default of all tasks, with answers as long as the recipe asks of any.
 
-    The stage that wrote it is ``stage``, else aut_pretrain for an AuT folder, else the folder above it, else the last.
+    The stage that wrote it is ``stage``, else the folder above it, else the last one that writes such exports.
     """
-    is_aut = json.loads((folder / "config.json").read_text()).get("model_type") == "omni_train_transcription"
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    is_aut = kind == "omni_train_transcription"
     if window_sec and not is_aut:
         raise ConfigError(f"--window-sec has no effect on '{folder}': it is no AuT export; leave it out")
     known = [stage.stage for stage in recipe.stages]
     above = folder.resolve().parent.name
-    writer = recipe.stage(stage or ("aut_pretrain" if is_aut else above if above in known else known[-1]))
-    every = [task for tasks in recipe.tasks.values() for task in tasks if not is_aut or task.startswith("spoken")]
+    objective = Objective.next_token.name if kind == "qwen3_omni_moe_thinker" else str(kind).removeprefix("omni_train_")
+    alike = (n for n in reversed(known) if configuration.load(n, []).stage.objective.name == objective)
+    writer = recipe.stage(stage or (above if above in known else next(alike, known[-1])))
+    config = configuration.load(writer.stage, [*base_overrides(recipe, writer), *overrides])
+    own = {source: tasks for source, tasks in recipe.tasks.items() if source in config.mixture}
+    asked_of = own if config.stage.objective in SPEECH else recipe.tasks
+    every = [task for tasks in asked_of.values() for task in tasks if not is_aut or task.startswith("spoken")]
     windows = (window_sec or [1, 8]) if is_aut else []
     measurement = Measurement(tasks=tasks or every, use_yarn=use_yarn, window_sec=windows)
     asked = [own.max_new_tokens for stage in recipe.stages for own in stage.evaluate]
     measurement.max_new_tokens = max([measurement.max_new_tokens, *asked])
-    config = configuration.load(writer.stage, [*base_overrides(recipe, writer), *overrides])
     check_through(config, through)
     return Job(config, folder, tasks_of(recipe, measurement), measurement, through)
 

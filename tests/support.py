@@ -152,7 +152,7 @@ def _rank(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.settrace(None)  # coverage slows a rank threefold; its lines are counted where the commands themselves run
+    sys.settrace(None)  # coverage slows a rank two- to threefold; e2e tests count its lines
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # DeepSpeed prints
         warnings.simplefilter("ignore")
         faulthandler.dump_traceback_later(timeout_sec, file=sys.__stderr__)  # where a rank hangs

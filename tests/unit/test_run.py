@@ -268,6 +268,11 @@ def test_one_export_is_measured_by_the_stage_that_wrote_it(tmp_path: Path) -> No
     assert job.tasks == {"spoken_word": "speech"} and not job.measurement.use_yarn
     other = exported(tmp_path, "elsewhere")
     assert job_of_export(recipe, other, [], **options).config.stage.name == "s2_general"
+    speech = load_recipe(write_recipe(tmp_path, SPEECH.replace("tasks:\n", "tasks:\n  speech: [spoken_word]\n")))
+    job = job_of_export(speech, exported(tmp_path, "voice", "omni_train_code2wav"), [], **options)
+    assert job.config.stage.name == "code2wav" and job.tasks == {"talker": "talk"}
+    job = job_of_export(speech, exported(tmp_path, "ears", "omni_train_transcription"), [], **options)
+    assert job.config.stage.name == "aut_pretrain" and job.tasks == {"spoken_word": "speech"}
     with pytest.raises(ConfigError, match="--window-sec has no effect"):
         job_of_export(recipe, other, [], **(options | {"window_sec": [1]}))
 
