@@ -118,7 +118,12 @@ def write_shards(jobs: Sequence[ShardJob], make_media: MakeMedia, processes: int
     for job in jobs:
         (job.folder / job.split / job.source).mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        return list(pool.imap_unordered(partial(write_shard, make_media=make_media), jobs, chunksize=1))
+        results = list(pool.imap_unordered(partial(write_shard, make_media=make_media), jobs, chunksize=1))
+        # NOTE: the end of the block terminates what still runs; a worker just started in place of one that has ended
+        # may then wait for a lock for ever.
+        pool.close()
+        pool.join()
+    return results
 
 
 def write_manifest(folder: Path, results: Iterable[ShardResult]) -> None:
