@@ -105,17 +105,19 @@ def test_kills_at_random_points_and_during_a_save_leave_no_trace(stage: str, tmp
     assert not is_saving(killed), "folders of interrupted saves are removed"
 
 
+SHORT = ("stage.context=32", "stage.total_tokens=448")
+"""Seven steps of 64 codec frames."""
 ADVERSARIES = ("+stage.components.discriminator={lr: 2e-4, weight_decay: 0.0}", "stage.reconstruction.adversarial=0.1")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_codec_and_code2wav_with_both_optimizers_and_the_average_go_on_too(tmp_path: Path) -> None:
-    codec = finish("codec", tmp_path / "straight" / "codec")
+    codec = finish("codec", tmp_path / "straight" / "codec", *SHORT)
     killed = tmp_path / "killed" / "codec"
-    kill_when("codec", killed, lambda: num_steps_logged(killed) >= 3)
-    assert_same(finish("codec", killed), codec)
-    extra = (f"+init.codec_encoder={tmp_path / 'straight' / 'codec' / 'export'}", *ADVERSARIES)
+    kill_command(stage_command("codec", killed, *SHORT), killed, lambda: num_steps_logged(killed) >= 3)
+    assert_same(finish("codec", killed, *SHORT), codec)
+    extra = (*SHORT, f"+init.codec_encoder={tmp_path / 'straight' / 'codec' / 'export'}", *ADVERSARIES)
     code2wav = finish("code2wav", tmp_path / "straight" / "code2wav", *extra)
     assert {"loss/discriminator", "grad_norm/code2wav", "grad_norm/discriminators"} <= set(code2wav[0][0])
     killed = tmp_path / "killed" / "code2wav"
