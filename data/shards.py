@@ -13,10 +13,12 @@ import multiprocessing
 import os
 import platform
 import shutil
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +116,54 @@ def write_shard(job: ShardJob, make_media: MakeMedia) -> ShardResult:
 
 
 def write_shards(jobs: Sequence[ShardJob], make_media: MakeMedia, processes: int) -> list[ShardResult]:
-    """Writes all shards, each in a process of its own; what the caller has read by now they inherit."""
+    """Writes all shards, each in a process of its own; what the caller has read by now they inherit.
+
+    Raises what a process raised, RuntimeError where one ended without a word; the others are ended.
+    """
+    # NOTE: no pool: it forks from a thread beside others, and a lock that one of these holds stays shut in the child.
+    context, waiting, results = multiprocessing.get_context("fork"), list(jobs)[::-1], []
+    running: dict[Connection, tuple[multiprocessing.process.BaseProcess, ShardJob]] = {}
     for job in jobs:
         (job.folder / job.split / job.source).mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        results = list(pool.imap_unordered(partial(write_shard, make_media=make_media), jobs, chunksize=1))
-        # NOTE: the end of the block terminates what still runs; a worker just started in place of one that has ended
-        # may then wait for a lock for ever.
-        pool.close()
-        pool.join()
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_send_shard, args=(sender, waiting[-1], make_media))
+                process.start()
+                sender.close()
+                running[receiver] = process, waiting.pop()
+            for receiver in connection.wait(list(running)):
+                assert isinstance(receiver, Connection)
+                process, job = running[receiver]
+                results.append(_receive_shard(receiver, job))
+                del running[receiver]
+                process.join()
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.join()
     return results
+
+
+def _send_shard(sender: Connection, job: ShardJob, make_media: MakeMedia) -> None:
+    try:
+        sender.send(write_shard(job, make_media))
+    except Exception as error:
+        error.add_note(f"in the process that wrote a shard of {job.split}/{job.source}:\n{traceback.format_exc()}")
+        sender.send(error)
+
+
+def _receive_shard(receiver: Connection, job: ShardJob) -> ShardResult:
+    with receiver:
+        try:
+            result = receiver.recv()
+        except EOFError:
+            name = f"{job.split}/{job.source}, shard {job.number}"
+            raise RuntimeError(f"the process that wrote {name} was ended; the machine may be out of memory") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def write_manifest(folder: Path, results: Iterable[ShardResult]) -> None:

@@ -16,6 +16,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from data import shards
@@ -105,8 +106,8 @@ def build(folder: Path, stamps_folder: Path, ood_folder: Path, jobs: int, scale:
     """Writes the whole corpus into ``folder``, ``manifest.json`` last."""
     found = stamps.read_stamps(stamps_folder)
     paths = sorted({one.path for stamp in found for one in stamp.recordings})
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        seconds = dict(zip(paths, pool.imap(media.seconds_of, paths, chunksize=64), strict=True))
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        seconds = dict(zip(paths, pool.map(media.seconds_of, paths, chunksize=64), strict=True))
     splits, left_out = plan_splits(found, seconds, scale, seed)
     shard_jobs = []
     for source in tasks.SOURCES:

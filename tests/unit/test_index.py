@@ -156,9 +156,9 @@ def test_loading_100k_samples_is_quick(tmp_path):
     media = [MediaFacts("a.flac", "audio", num_samples=16_000, sample_rate_hz=16_000)]
     samples = [SampleFacts(f"part/{n:08d}", n * 2048, 2048, 17, media) for n in range(100_000)]
     save_index(shard, ShardIndex(samples, 1024, 0, "t"))
-    start = time.perf_counter()
+    start = time.process_time()
     index = load_index(shard)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert index.num_samples == 100_000 and index.samples[-1] == samples[-1]
     assert seconds < 5
 

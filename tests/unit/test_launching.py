@@ -47,7 +47,7 @@ def test_a_failing_rank_ends_the_others_quickly_and_alone_is_heard(rank_program,
     rank_program("if rank == 1:\n    raise RuntimeError('the second rank broke')\ntime.sleep(60)")
     started = time.monotonic()
     assert local.run_ranks([], engine(2)) == 1
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
     error = capfd.readouterr().err
     assert error.count("RuntimeError: the second rank broke") == 1 and error.count("Traceback") == 1
 
@@ -74,7 +74,7 @@ def test_a_rank_that_does_not_listen_is_killed(rank_program, monkeypatch: pytest
     )
     started = time.monotonic()
     assert local.run_ranks([], engine(2)) == 3
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
 
 
 def test_a_stop_signal_reaches_all_ranks_and_their_status_is_kept(rank_program, tmp_path: Path) -> None:
