@@ -10,7 +10,6 @@ are left out.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,11 @@ import jiwer
 import numpy as np
 import soundfile
 import torch
-import webdataset
 from torch import Tensor
 
 from omni_train.config import RunConfig
 from omni_train.data.audio import decode_audio
-from omni_train.data.codes import speech_member, to_npy
+from omni_train.data.codes import new_shard, speech_member, to_npy
 from omni_train.data.contracts import Sample
 from omni_train.data.layouts import MESSAGES, read_content
 from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
@@ -98,31 +96,19 @@ def add_pairs(shard: Path, out: Path, maker: PairMaker, num_replies: int, likene
     ``out`` appears when it is whole. Raises DataError naming a sample without a spoken reply, FileExistsError where
     ``out`` is there.
     """
-    if out.exists():
-        raise FileExistsError(f"'{out}' exists; pairs go into new shards: give another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, num_pairs = out.with_name(f"{out.name}.tmp{os.getpid()}"), 0
-    try:
-        with webdataset.TarWriter(str(temporary), encoder=False, mtime=0.0) as writer:
-            for samples, texts in _batches(shard):
-                rounds = [maker.replies(samples, texts) for _ in range(num_replies)]
-                for sample, replies in zip(samples, zip(*rounds, strict=True), strict=True):
-                    ranked = sorted(
-                        (reply for reply in replies if reply.codes.shape[1]), key=lambda r: r.score(likeness_weight)
-                    )
-                    if len(ranked) > 1 and _gap(ranked, likeness_weight) >= margin:
-                        codes = {CODES: ranked[-1].codes, REJECTED: ranked[0].codes}
-                        made = {name: to_npy(own.cpu().numpy()) for name, own in codes.items()}
-                        writer.write({"__key__": sample.key, **sample.members, **made})
-                        num_pairs += 1
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    num_pairs = 0
+    with new_shard(out) as write:
+        for samples, texts in _batches(shard):
+            rounds = [maker.replies(samples, texts) for _ in range(num_replies)]
+            for sample, replies in zip(samples, zip(*rounds, strict=True), strict=True):
+                ranked = sorted((r for r in replies if r.codes.shape[1]), key=lambda r: r.score(likeness_weight))
+                if len(ranked) < 2 or ranked[-1].score(likeness_weight) - ranked[0].score(likeness_weight) < margin:
+                    continue
+                codes = {CODES: ranked[-1].codes, REJECTED: ranked[0].codes}
+                made = {name: to_npy(own.cpu().numpy()) for name, own in codes.items()}
+                write({"__key__": sample.key, **sample.members, **made})
+                num_pairs += 1
     return num_pairs
-
-
-def _gap(ranked: list[Reply], likeness_weight: float) -> float:
-    return ranked[-1].score(likeness_weight) - ranked[0].score(likeness_weight)
 
 
 def _batches(shard: Path) -> Iterator[tuple[list[Sample], list[str]]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +30,37 @@ def add_codes(shard: Path, out: Path, encode: Callable[[np.ndarray], np.ndarray]
     ``encode`` maps a 24 kHz wave [n] to codes [G, T]. ``out`` appears when it is whole. Raises DataError naming the
     sample that cannot be read, FileExistsError where ``out`` is there.
     """
+    num_coded = 0
+    with new_shard(out) as write:
+        for sample in SampleScan(shard):
+            if sample.error:
+                raise DataError.at(shard, sample.offset, sample.error, key=sample.key)
+            members = {name: data for name, data in sample.members.items() if name != CODES}
+            try:
+                name = speech_member(read_content(members, layout))
+                if name is not None:
+                    codes = encode(decode_audio(members[name], CODEC_SAMPLE_RATE_HZ))
+                    members[CODES], num_coded = to_npy(codes), num_coded + 1
+            except (ValueError, KeyError) as error:
+                raise DataError.at(shard, sample.offset, str(error), key=sample.key) from error
+            write({"__key__": sample.key, **members})
+    return num_coded
+
+
+@contextmanager
+def new_shard(out: Path) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """A function that writes a sample ({"__key__": key, extension: bytes}) into the shard ``out``, which appears when
+    the block ends well. Raises FileExistsError where it is there."""
     if out.exists():
         raise FileExistsError(f"'{out}' exists; codes go into new shards: give another folder, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, num_coded = out.with_name(f"{out.name}.tmp{os.getpid()}"), 0
+    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
         with webdataset.TarWriter(str(temporary), encoder=False, mtime=0.0) as writer:
-            for sample in SampleScan(shard):
-                if sample.error:
-                    raise DataError.at(shard, sample.offset, sample.error, key=sample.key)
-                members = {name: data for name, data in sample.members.items() if name != CODES}
-                try:
-                    name = speech_member(read_content(members, layout))
-                    if name is not None:
-                        codes = encode(decode_audio(members[name], CODEC_SAMPLE_RATE_HZ))
-                        members[CODES], num_coded = to_npy(codes), num_coded + 1
-                except (ValueError, KeyError) as error:
-                    raise DataError.at(shard, sample.offset, str(error), key=sample.key) from error
-                writer.write({"__key__": sample.key, **members})
+            yield writer.write
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
-    return num_coded
 
 
 def speech_member(content: dict[str, Any]) -> str | None:

@@ -26,10 +26,9 @@ from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.capabilities import gather, load_frozen, split_tasks
 from omni_train.evaluation.heldout import heldout_losses
-from omni_train.models.head import Scores
 from omni_train.models.thinker import Thinker
 from omni_train.models.weights import load_thinker
-from omni_train.objectives.distillation import TeacherStates, divergence_from
+from omni_train.objectives.distillation import divergence_from, states_of
 from omni_train.rollout.rewards import Answered, Rewards, build_rule
 from omni_train.rollout.sample import ThinkerSampler
 
@@ -64,10 +63,6 @@ def stage_figures(
         yield from reward_figures(name, before, after, data, tasks, split, ranks)
 
 
-def _states(hidden: Tensor, weight: Tensor, labels: Tensor) -> Scores:
-    return {"hidden": hidden}
-
-
 def divergence(
     student: Thinker, teacher: Thinker, data: DataPipeline, tasks: dict[str, str], split: str, ranks: Ranks
 ) -> float:
@@ -75,8 +70,7 @@ def divergence(
 
     @torch.no_grad()
     def forward(pack: Pack) -> dict[str, Tensor]:
-        states = TeacherStates(teacher(pack, _states)["hidden"], teacher.llm.lm_head.weight)
-        output = student(pack, divergence_from(states, beta=0.0, temperature=1.0))
+        output = student(pack, divergence_from(states_of(teacher, pack), beta=0.0, temperature=1.0))
         return {"losses": output["divergences"], "modality": output["modality"]}
 
     found = []

@@ -22,7 +22,7 @@ from omni_train.data.contracts import Sample
 from omni_train.data.encode import Encoder
 from omni_train.data.media_tokens import SAMPLES_PER_CODEC_FRAME
 from omni_train.data.pipeline import DataPipeline
-from omni_train.data.talker_sequence import reply_tokens
+from omni_train.data.talker_sequence import CODES, read_codes, reply_tokens
 from omni_train.data.tokenizer import IM_END
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.capabilities import gather, split_tasks
@@ -45,8 +45,8 @@ from omni_train.rollout.speak import GREEDY, MTP_SAMPLING, Sampling, Utterance, 
 
 BATCH_UTTERANCES = 48
 ROUNDS = 8
-MAX_FRAMES = 64
-"""5 s: several times what the longest reply of a corpus of phrases takes."""
+TIMES_AS_LONG = 4
+"""A reply that goes on for so many times the longest original beside it is cut."""
 
 
 class Speaker:
@@ -81,6 +81,7 @@ class Speaker:
             for (prompt, answer), own, sample in zip(prompts, states, samples, strict=True)
         ]
         num_groups = self.format.talker.num_code_groups
+        longest = max(read_codes(sample.members[CODES], header_only=True).shape[1] for sample in samples)
         found: list[list[Tensor]] = [[] for _ in samples]
         for frames, is_open in speak(
             self.thinker.llm,
@@ -90,7 +91,7 @@ class Speaker:
             self.encoder.geometry,
             sampling=GREEDY if generator is None else Sampling(),
             mtp_sampling=GREEDY if generator is None else MTP_SAMPLING,
-            max_frames=MAX_FRAMES,
+            max_frames=TIMES_AS_LONG * longest,
             generator=generator,
         ):
             for own, frame, still in zip(found, frames, is_open.tolist(), strict=True):
@@ -193,7 +194,7 @@ def preference_figures(
             pairs = [(item[0].text, item[0].said) for item in by_item]
         before, after = (float(each.mean()) for each in errors)
         low, high = bootstrap_interval(errors[0] - errors[1])
-        figures = {"dpo_cer": after, "dpo_cer_gain_low": low, "dpo_cer_gain_high": high}
+        figures = {"dpo_cer": after, "dpo_gain_low": low, "dpo_gain_high": high}
         yield SpeechFigures(task, figures, {"dpo_cer": before}, pairs)
 
 

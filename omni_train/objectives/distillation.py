@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,13 @@ class TeacherStates:
 
     hidden: Tensor
     weight: Tensor
+
+
+@torch.no_grad()
+def states_of(teacher: Any, pack: Pack) -> TeacherStates:
+    """What a Thinker says of a pack."""
+    hidden = teacher(pack, lambda hidden, weight, labels: {"hidden": hidden})["hidden"]
+    return TeacherStates(hidden, teacher.llm.lm_head.weight)
 
 
 def generalized_jsd(student_KV: Tensor, teacher_KV: Tensor, beta: float, temperature: float = 1.0) -> Tensor:

@@ -29,10 +29,10 @@ from omni_train.data.tokenizer import fingerprint, load_tokenizer
 from omni_train.engine import parallel
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
-from omni_train.models.head import Scores, token_losses_at
+from omni_train.models.head import token_losses_at
 from omni_train.models.thinker import Thinker
 from omni_train.models.weights import load_thinker
-from omni_train.objectives.distillation import TeacherStates, distillation_losses, divergence_from
+from omni_train.objectives.distillation import distillation_losses, divergence_from, states_of
 from omni_train.objectives.gspo import gspo_losses
 from omni_train.objectives.terms import Losses
 from omni_train.rollout.rewards import Rewards, build_rule
@@ -139,10 +139,6 @@ def rollout_source(
     )
 
 
-def _states(hidden: Tensor, weight: Tensor, labels: Tensor) -> Scores:
-    return {"hidden": hidden}
-
-
 def distillation_objective(
     engine: Any, name: str, teacher: nn.Module, config: RunConfig
 ) -> Callable[[Pack, Tensor | None], Losses]:
@@ -151,10 +147,7 @@ def distillation_objective(
     assert settings is not None
 
     def losses(pack: Pack, fractions: Tensor | None) -> Losses:
-        with torch.no_grad():
-            hidden = teacher(pack, _states)["hidden"]
-        states = TeacherStates(hidden, teacher.llm.lm_head.weight)
-        output = engine(pack, divergence_from(states, settings.beta, settings.temperature))
+        output = engine(pack, divergence_from(states_of(teacher, pack), settings.beta, settings.temperature))
         return distillation_losses(output, pack, name, fractions, config.stage.router_aux_coef)
 
     return losses

@@ -28,11 +28,12 @@ from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.capabilities import split_tasks
-from omni_train.evaluation.speaking import MAX_FRAMES, Speaker
+from omni_train.evaluation.speaking import Speaker
 from omni_train.models.code2wav import StreamingCode2Wav
 from omni_train.recipe import load_recipe, stage_overrides
 from omni_train.rollout.speak import GREEDY, Utterance, media_states, speak, stream_text
 
+MAX_FRAMES = 64
 PARTS = ("encode", "towers", "prefill", "states", "talker", "code2wav")
 
 

@@ -67,7 +67,7 @@ def test_every_stage_runs_and_hands_over(finished) -> None:
 
 FIGURES = (
     *("codec_words_mel", "codec_words_wave", "codec_stoi", "talker_seen_words", "talker_unseen_words", "talker_cer"),
-    *("dpo_cer", "dpo_cer_gain_low", "speaker_f0_error", "speaker_unseen_words", "sft_format_exact"),
+    *("dpo_cer", "dpo_gain_low", "speaker_f0_error", "speaker_unseen_words", "sft_format_exact"),
     *("gspo_reward_start", "gspo_reward_end", "gspo_kl_to_start", "gspo_unseen_reward_end"),
     *("distill_off_gap_closed", "distill_on_gap_closed"),
 )

@@ -1,0 +1,64 @@
+"""Figures of a Talker from replies by hand: what is seen and unseen, before and after, near and far from a pitch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from omni_train.engine.parallel import Ranks
+from omni_train.evaluation import speaking
+from omni_train.evaluation.speaking import Heard
+
+RANKS = Ranks(0, 1, 0, torch.device("cpu"))
+SAID = {"train": ["red dog", "red dog", "red dog"], "heldout": ["blue frog", "blue frog"]}
+HEARD = {"train": "red dog", "heldout": "blue dog"}
+"""Of the unseen, half the words."""
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replies to samples (split, text), spoken by what the folder is called; the folders that were asked for."""
+    folders: list[str] = []
+
+    def speaker(config, talker, code2wav, data, ranks):
+        folders.append(str(talker))
+        return str(talker)
+
+    def hear(folder, listener, samples, seed=None):
+        voices = ["high", "low"]
+        found = []
+        for n, (split, said) in enumerate(samples):
+            heard = said if folder == "after" and n == 0 else HEARD[split]
+            found.append(Heard(heard, said, voices[n % 2], [220.0, 90.0][n % 2], [200.0, 100.0][n % 2]))
+        return found
+
+    monkeypatch.setattr(speaking, "Speaker", speaker)
+    monkeypatch.setattr(speaking, "hear_replies", hear)
+    monkeypatch.setattr(speaking, "listener_of", lambda data, run_dir: SimpleNamespace(snap=lambda text: text))
+    monkeypatch.setattr(speaking.DataPipeline, "of", lambda config: None)
+    monkeypatch.setattr(speaking, "gather", lambda found, ranks: found)
+    monkeypatch.setattr(
+        speaking, "split_tasks", lambda data, tasks, split: {t: [(split, said) for said in SAID[split]] for t in tasks}
+    )
+    return folders
+
+
+def test_seen_words_are_of_train_and_unseen_ones_of_the_split(by_hand):
+    (found,) = speaking.talker_figures(None, "export", {"talker": "talk"}, "heldout", RANKS, None, "code2wav")
+    assert found.figures["talker_seen_words"] == 1.0 and found.figures["talker_unseen_words"] == 0.5
+    assert found.figures["talker_cer"] == pytest.approx(4 / 18)  # frog → dog: 2 of 9 letters, twice
+    assert found.figures["talker_f0_error"] == pytest.approx(0.1)
+    assert found.by_speaker["talker_unseen_words"] == {"high": [0.5, None], "low": [0.5, None]}
+    assert found.by_speaker["talker_f0_hz"] == {"high": [220.0, 200.0], "low": [90.0, 100.0]}
+
+
+def test_a_gain_is_the_errors_of_the_start_less_those_of_the_export(by_hand):
+    config = SimpleNamespace(init={"talker": "before"}, stage=SimpleNamespace(name="talker_dpo"))
+    (found,) = speaking.preference_figures(config, "after", {"dpo": "talk"}, "heldout", RANKS, None, "code2wav")
+    assert by_hand == ["before", "after"]
+    before, after = found.controls["dpo_cer"], found.figures["dpo_cer"]
+    assert after == pytest.approx(before / 2) and after < before  # one of the two replies is now right
+    low, high = found.figures["dpo_gain_low"], found.figures["dpo_gain_high"]
+    assert 0.0 <= low <= before - after <= high
