@@ -58,8 +58,9 @@ EVAL_EPILOG = """examples:
 ASSEMBLE_EPILOG = """examples:
   omni-train assemble omni model=tiny +init.thinker=runs/tiny/s3_long_context/export \\
     +init.talker=runs/tiny/talker_cpt/export +init.mtp=runs/tiny/talker_cpt/export \\
-    +init.code2wav=runs/tiny/code2wav/export
+    +init.code2wav=runs/stock_voice/code2wav/export
 
+Stock has the published ConvNet alone as Code2Wav's head (model.code2wav.head=conv; recipes/tiny_stock_voice.yaml).
 Qwen3OmniMoeForConditionalGeneration.from_pretrained("omni") answers in text and speech. Where a user's video is heard
 too, pass its generate() talker_use_audio_in_video=True beside use_audio_in_video=True: stock forgets its Talker.
 """
@@ -243,12 +244,15 @@ def command_export(options: argparse.Namespace, arguments: list[str]) -> int:
 def command_assemble(options: argparse.Namespace, arguments: list[str]) -> int:
     from omni_train.data.tokenizer import load_tokenizer
     from omni_train.engine.export import write_omni
+    from omni_train.reporting.card import model_card
 
     config = configuration.load("talker_pretrain", options.overrides)
     tokenizer = load_tokenizer(Path(config.data.tokenizer))
-    for line in write_omni(config.model, tokenizer, config.init, Path(options.folder)):
-        print(line)
-    print(f"wrote {options.folder}")
+    sources = write_omni(config.model, tokenizer, config.init, Path(options.folder))
+    (Path(options.folder) / "README.md").write_text(model_card(config.model.name, sources))
+    for component, source in sources.items():
+        print(f"{component} from {source}")
+    print(f"wrote {options.folder}; what was measured of its parts: {options.folder}/README.md")
     return 0
 
 

@@ -272,14 +272,15 @@ def plan_mixed(plan: Planner) -> list[PlannedSample]:
 
 
 def plan_sums(plan: Planner) -> list[PlannedSample]:
-    """A seen plus a heard digit."""
+    """A seen plus a heard digit. The reply first thinks of both, each on a line of its own."""
     samples = []
     for task in ("digit_sum", "digit_sum_unseen"):
         for _ in range(plan.begin(task)):
             for seen, heard in ((a, b) for a in range(10) for b in range(10)):
                 if ((seen, heard) in UNSEEN_PAIRS) == (task == "digit_sum_unseen"):
                     media = plan.digit(seen), plan.clip(texts.NUMBERS[heard])
-                    samples.append(plan.sample(task, "digit_sum", str(seen + heard), *media, license=DIGIT_LICENSE))
+                    about = {"reasoning": f"{seen}\n{heard}", "license": DIGIT_LICENSE}
+                    samples.append(plan.sample(task, "digit_sum", str(seen + heard), *media, **about))
     return samples
 
 
@@ -341,12 +342,7 @@ def plan_dialogue(plan: Planner) -> list[PlannedSample]:
     """The media tasks and a few more in written form, and sums."""
     rounds, times = plan.begin("exercise_rounds"), plan.begin("text_sum")
     written = texts.dialogues(plan.split, rounds, plan.seed) + texts.sums(times)
-    return [
-        _comparison(plan, task, *question.split("\n")[:2], question=question)  # its names are its first two lines
-        if task == "text_same"
-        else plan.sample(task, question, answer)
-        for task, question, answer in written
-    ]
+    return [plan.sample(one.task, one.question, one.answer, reasoning=one.reasoning) for one in written]
 
 
 def plan_text(plan: Planner) -> list[PlannedSample]:

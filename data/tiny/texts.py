@@ -9,6 +9,7 @@ import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from data.tiny.pictures import BACKGROUNDS, CONCEPTS
 
@@ -113,8 +114,17 @@ def _interleave(three: list[str], places: list[str], four: list[str]) -> Iterato
 EXERCISES_A_ROUND = 24
 
 
-def _exercises(rng: random.Random, phrases: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-    """(task, question, answer): the media tasks and a few more in written form, a round of each, without end.
+class Exercise(NamedTuple):
+    """A written question with its answer, and what the reply thinks before it."""
+
+    task: str
+    question: str
+    answer: str
+    reasoning: str = ""
+
+
+def _exercises(rng: random.Random, phrases: tuple[str, ...]) -> Iterator[Exercise]:
+    """The media tasks and a few more in written form, a round of each, without end.
 
     What a media task would hear or show stands before its question, where the clip or the picture will stand.
     Repeating comes most often and of words without grammar too: copying is what transcribing asks of an LLM.
@@ -131,24 +141,25 @@ def _exercises(rng: random.Random, phrases: tuple[str, ...]) -> Iterator[tuple[s
         colour, count = rng.choice(COLOURS), rng.randint(1, 5)
         words = " ".join(phrase.split()[: rng.randint(1, 4)])
         for said in (phrase, phrase, word, _jumble(rng, 4), _jumble(rng, 8), _jumble(rng, 8)):
-            yield "text_repeat", ask(said, "transcribe"), said
+            yield Exercise("text_repeat", ask(said, "transcribe"), said)
         for form in (str, spell):
-            yield "text_digit", ask(form(NUMBERS[digit]), "spoken_digit"), str(digit)
+            yield Exercise("text_digit", ask(form(NUMBERS[digit]), "spoken_digit"), str(digit))
         for said in (word, phrase):
-            yield "text_unspell", ask(spell(said), "transcribe"), said
+            yield Exercise("text_unspell", ask(spell(said), "transcribe"), said)
         for said in (name, " ".join(fillers), " ".join(rng.sample(fillers, len(fillers)))):
-            yield "text_find", ask(said, "audio_find"), name
-        yield "text_count_words", ask(words, "count_words"), str(len(words.split()))
+            yield Exercise("text_find", ask(said, "audio_find"), name)
+        yield Exercise("text_count_words", ask(words, "count_words"), str(len(words.split())))
         for _ in range(2):  # on lines of their own: after a space a name is another token, hard to compare
             first, second = rng.sample(CONCEPTS, 2)
-            yield "text_same", ask(f"{first}\n{first}", "same_or_different"), "same"
-            yield "text_same", ask(f"{first}\n{second}", "same_or_different"), "different"
-        yield "text_digit", ask(NUMBERS[digit], "digit_image"), str(digit)
-        yield "text_count", ask(" ".join([name] * count), "count"), str(count)
-        yield "text_colour", ask(f"{colour} {name}", "picture_colour"), colour
-        yield "text_name", ask(f"a picture of a {colour} {name}", "picture_name"), name
-        yield "text_number", f"write in letters: {digit}", NUMBERS[digit]
-        yield "text_spell", f"spell {word}", spell(word)
+            for other, verdict in ((first, "same"), (second, "different")):
+                both = f"{first}\n{other}"
+                yield Exercise("text_same", ask(both, "same_or_different"), verdict, reasoning=both)
+        yield Exercise("text_digit", ask(NUMBERS[digit], "digit_image"), str(digit))
+        yield Exercise("text_count", ask(" ".join([name] * count), "count"), str(count))
+        yield Exercise("text_colour", ask(f"{colour} {name}", "picture_colour"), colour)
+        yield Exercise("text_name", ask(f"a picture of a {colour} {name}", "picture_name"), name)
+        yield Exercise("text_number", f"write in letters: {digit}", NUMBERS[digit])
+        yield Exercise("text_spell", f"spell {word}", spell(word))
 
 
 def _jumble(rng: random.Random, max_words: int) -> str:
@@ -161,20 +172,21 @@ def spell(text: str) -> str:
     return " , ".join(" ".join(word) for word in text.split())
 
 
-def dialogues(split: str, num_rounds: int, seed: int) -> list[tuple[str, str, str]]:
-    """(task, question, answer) of ``num_rounds`` rounds of exercises, over the phrases of ``split`` alone."""
+def dialogues(split: str, num_rounds: int, seed: int) -> list[Exercise]:
+    """``num_rounds`` rounds of exercises, over the phrases of ``split`` alone."""
     rng = random.Random(f"dialogues/{split}/{seed}")
     return list(itertools.islice(_exercises(rng, phrase_pools(seed)[split]), EXERCISES_A_ROUND * num_rounds))
 
 
-def sums(num_times: int) -> list[tuple[str, str, str]]:
-    """(task, question, answer) of all 100 sums of two digits, ``num_times`` each, in a few written forms."""
+def sums(num_times: int) -> list[Exercise]:
+    """All 100 sums of two digits, ``num_times`` each, in a few written forms; a reply first thinks of both digits."""
     forms = ("{a} + {b} =", "{a} {b}\nsum?", "{x} {y}\nsum?", "{a} {y}\nsum?", "{a} {s}\nsum?")
     return [
-        (
+        Exercise(
             "text_sum",
             forms[time % len(forms)].format(a=a, b=b, x=NUMBERS[a], y=NUMBERS[b], s=spell(NUMBERS[b])),
             str(a + b),
+            reasoning=f"{a}\n{b}",
         )
         for time in range(num_times)
         for a in range(10)

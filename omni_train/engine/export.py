@@ -17,7 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from omni_train.config import THINKER_OBJECTIVES, ConfigError, ModelConfig, Objective, RunConfig, init_of, to_dict
+from omni_train.config import (
+    THINKER_OBJECTIVES,
+    ConfigError,
+    ModelConfig,
+    Objective,
+    RunConfig,
+    WaveHead,
+    init_of,
+    to_dict,
+)
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
 from omni_train.models.build import build_omni, build_thinker, thinker_config
 from omni_train.models.components import component_of
@@ -189,11 +198,13 @@ def write_processor(model: ModelConfig, folder: Path) -> None:
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2))
 
 
-def write_omni(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dict[str, str], folder: Path) -> list[str]:
+def write_omni(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dict[str, str], folder: Path
+) -> dict[str, str]:
     """Write the whole model from the exports of stages, as a folder for stock's Qwen3OmniMoeForConditionalGeneration.
 
-    ``init``: component → folder, as a stage's. Returns a line about each component. Raises ConfigError
-    for a component without a folder, or one that its folder does not hold.
+    ``init``: component → folder, as a stage's. Returns what was taken: component → folder. Raises ConfigError
+    for a component without a folder, one that its folder does not hold, or a Code2Wav whose head stock does not have.
     """
     thinker = init_of(init, "llm")
     if thinker is None:
@@ -204,10 +215,22 @@ def write_omni(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dic
     missing = [name for name, source in sources.items() if not source]
     if missing:
         raise ConfigError(f"init has no folder for {', '.join(missing)}; give +init.{missing[0]}=FOLDER")
+    _check_stock_voice(Path(sources["code2wav"]))
     for name, source in sources.items():
         load_components(omni, Path(source), {name})
     with committed(folder) as temporary:
         omni.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_processor(model, temporary)
-    return [f"{name} from {source}" for name, source in sources.items()]
+    return sources
+
+
+def _check_stock_voice(code2wav: Path) -> None:
+    path = code2wav / "config.json"
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    head = written.get("model", {}).get("code2wav", {}).get("head", WaveHead.conv.name)
+    if head != WaveHead.conv.name:
+        raise ConfigError(
+            f"init.code2wav: '{code2wav}' has the head '{head}', which stock transformers does not have; train one "
+            "with model.code2wav.head=conv on the same codec (recipes/tiny_stock_voice.yaml does) and give its export"
+        )
