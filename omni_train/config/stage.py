@@ -95,6 +95,7 @@ class StageConfig:
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)  # codec and code2wav only
     code_noise: float = 0.0  # talker only: share of the codes read that are random; the key to unseen combinations
     dpo_beta: float = 0.1  # talker_dpo only: how far from the reference a preference may lead
+    dpo_sft_weight: float = 0.0  # talker_dpo only: of the loss of the chosen replies, code by code
     yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
     rollout: RolloutConfig | None = None  # learn from sampled answers to the data's prompts, not from its replies
     distillation: DistillationConfig | None = None
@@ -134,6 +135,11 @@ class StageConfig:
             )
         if self.dpo_beta <= 0:
             raise ConfigError(f"stage.dpo_beta ({self.dpo_beta}) must be positive")
+        if self.dpo_sft_weight < 0 or (self.dpo_sft_weight and self.objective is not Objective.talker_dpo):
+            raise ConfigError(
+                f"stage.dpo_sft_weight ({self.dpo_sft_weight}) must be at least 0, and 0 for another objective than "
+                "talker_dpo"
+            )
         if self.yarn_factor < 1:
             raise ConfigError(f"stage.yarn_factor ({self.yarn_factor}) must be 1 (off) or larger")
         check_post_training(self.objective.name, self.context, self.rollout, self.distillation, self.gspo)

@@ -18,9 +18,12 @@ from omni_train.objectives.terms import Losses, LossTerm
 def counts(pack: Pack) -> dict[str, int]:
     """Counts that a pack adds to the global divisors. A pack without samples adds nothing."""
     if not pack.sample_ids:
-        return {"pairs": 0, "tokens": 0}
-    assert pack.speech is not None
-    return {"pairs": len(pack.speech.document) // 2, "tokens": pack.speech.num_tokens}
+        return {"pairs": 0, "chosen_codes": 0, "tokens": 0}
+    speech = pack.speech
+    assert speech is not None
+    num_pairs, num_frames = len(speech.document) // 2, int(speech.code_lengths[::2].sum())
+    chosen_codes = num_frames * speech.codes.shape[0] + num_pairs  # each reply ends with one
+    return {"pairs": num_pairs, "chosen_codes": chosen_codes, "tokens": speech.num_tokens}
 
 
 def sequence_log_probs(output: dict[str, Tensor], num_sequences: int) -> Tensor:
@@ -49,9 +52,11 @@ def talker_dpo_losses(
     router_fractions: Tensor,
     router_aux_coef: float,
     beta: float,
+    sft_weight: float = 0.0,
 ) -> Losses:
     """Loss terms of a Talker's output on a pack whose sequences are chosen, rejected, chosen, … and the reference's.
 
+    With ``sft_weight`` the chosen replies are also learned code by code, as by TRL's loss "sft".
     Reported: the mean margin, and how often the chosen reply has the larger one.
     """
     assert pack.speech is not None
@@ -62,11 +67,11 @@ def talker_dpo_losses(
     losses, margins = dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta=beta)
     margins = margins.detach().double()
     count = torch.tensor(len(margins) * is_real, dtype=torch.float64, device=margins.device)
+    terms = [LossTerm(engine, "dpo", losses.sum() * is_real, "pairs")]
+    if sft_weight:
+        terms.append(LossTerm(engine, "sft", -chosen.sum() * is_real, "chosen_codes", sft_weight))
     return Losses(
-        [
-            LossTerm(engine, "dpo", losses.sum() * is_real, "pairs"),
-            router_term(output, pack, engine, router_fractions, router_aux_coef),
-        ],
+        [*terms, router_term(output, pack, engine, router_fractions, router_aux_coef)],
         {
             "dpo/margin": torch.stack([margins.sum() * is_real, count]),
             "dpo/accuracy": torch.stack([(margins > 0).double().sum() * is_real, count]),

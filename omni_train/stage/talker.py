@@ -48,7 +48,8 @@ def talker_stage(parts: Parts) -> Stage:
             return talker_losses(output, pack, "talker", fractions, stage.router_aux_coef)
         with torch.no_grad():
             reference = parts.references["reference"](pack.speech, seen)
-        return talker_dpo_losses(output, reference, pack, "talker", fractions, stage.router_aux_coef, stage.dpo_beta)
+        weights = stage.router_aux_coef, stage.dpo_beta, stage.dpo_sft_weight
+        return talker_dpo_losses(output, reference, pack, "talker", fractions, *weights)
 
     return parts.stage(
         forward=forward,

@@ -23,7 +23,7 @@ from omni_train.data.talker_sequence import SpeechFormat, SpeechTokens, talker_s
 from omni_train.data.tokenizer import load_tokenizer
 from omni_train.models.build import build_talker, talker_config
 from omni_train.models.talker import Talker, ThinkerStates
-from omni_train.objectives.dpo import dpo_losses, sequence_log_probs, talker_dpo_losses
+from omni_train.objectives.dpo import counts, dpo_losses, sequence_log_probs, talker_dpo_losses
 
 BETA, LR, STEPS, PAIRS = 0.3, 2e-3, 3, 3
 
@@ -73,7 +73,7 @@ def pairs():
     return pack, ThinkerStates(states, states[:0])
 
 
-def our_steps(talker: Talker) -> tuple[list[float], list[float]]:
+def our_steps(talker: Talker, sft_weight: float) -> tuple[list[float], list[float]]:
     """(losses, margins) of the steps, as the loop computes them: sums divided by counts."""
     pack, states = pairs()
     reference = copy.deepcopy(talker).requires_grad_(False)
@@ -81,10 +81,12 @@ def our_steps(talker: Talker) -> tuple[list[float], list[float]]:
     fractions, losses, margins = torch.full((2, 4), 0.25), [], []
     for _ in range(STEPS):
         output = talker(pack.speech, states)
-        seen = talker_dpo_losses(output, reference(pack.speech, states), pack, "talker", fractions, 0.0, BETA)
-        term = seen.terms[0]
-        assert term.per == "pairs"
-        loss = term.sum / PAIRS
+        seen = talker_dpo_losses(
+            output, reference(pack.speech, states), pack, "talker", fractions, 0.0, BETA, sft_weight
+        )
+        divisors = counts(pack)
+        assert [term.name for term in seen.terms] == (["dpo", "sft", "router"] if sft_weight else ["dpo", "router"])
+        loss = sum(term.weight * term.sum / divisors[term.per] for term in seen.terms)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,16 +95,19 @@ def our_steps(talker: Talker) -> tuple[list[float], list[float]]:
     return losses, margins
 
 
-def test_three_steps_equal_trl(tmp_path):
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_three_steps_equal_trl(sft_weight, tmp_path):
     pytest.importorskip("trl", reason="TRL is needed for this comparison alone")
-    losses, margins = our_steps(new_talker())
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[2] < losses[1] < losses[0] - 0.01
-    theirs, their_margins = trl_steps(new_talker(), tmp_path)
+    losses, margins = our_steps(new_talker(), sft_weight)
+    if not sft_weight:
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[2] < losses[1] < losses[0] - 0.01
+    theirs, their_margins = trl_steps(new_talker(), tmp_path, sft_weight)
     assert losses == pytest.approx(theirs, abs=1e-5)
     assert margins == pytest.approx(their_margins, abs=1e-4)
 
 
-def trl_steps(talker: Talker, folder) -> tuple[list[float], list[float]]:
+def trl_steps(talker: Talker, folder, sft_weight: float) -> tuple[list[float], list[float]]:
     """(losses, margins) of TRL's DPOTrainer, policy and reference being stock Talkers that we call through ours."""
     from datasets import Dataset as Rows
     from trl import DPOConfig, DPOTrainer
@@ -143,7 +148,9 @@ def trl_steps(talker: Talker, folder) -> tuple[list[float], list[float]]:
 
     def collator(rows):
         ids = torch.zeros(2 * PAIRS, width + 1, dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": torch.ones_like(ids)}
+        lengths = torch.tensor([int(pack.speech.code_lengths[number]) * num_groups + 1 for number in sequences])
+        is_code = (torch.arange(width + 1) - 1 < lengths[:, None]).long() * (torch.arange(width + 1) > 0)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": is_code}
 
     reference = copy.deepcopy(talker)
     trainer = TalkerDPO(
@@ -154,6 +161,7 @@ def trl_steps(talker: Talker, folder) -> tuple[list[float], list[float]]:
             lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, optim="adamw_torch", use_cpu=True,
             logging_steps=1, report_to=[], save_strategy="no", bf16=False, gradient_checkpointing=False,
             router_aux_loss_coef=0.0, disable_dropout=True,
+            **({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, sft_weight]} if sft_weight else {}),
         ),
         train_dataset=Rows.from_dict({"row": list(range(PAIRS))}),
         data_collator=collator,
