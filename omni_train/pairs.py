@@ -4,7 +4,7 @@
                                                              └──▶ likeness to the speaker's clip ┴─▶ chosen, rejected
 
 New shards hold a sample's members with ``codes.npy`` and ``rejected.codes.npy``; samples whose replies are all alike
-are left out.
+are left out, and replies that end before their text does.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ from omni_train.evaluation.voice import likeness
 
 @dataclass(slots=True)
 class Reply:
-    """A sampled reply: codes [G, T], character error rate as AuT hears it, likeness to the speaker's own clip."""
+    """A sampled reply: codes [G, T], character error rate as AuT hears it, likeness to the speaker's own clip, and
+    whether it reads its whole text: a frame reads one token, so a shorter reply can be no target."""
 
     codes: Tensor
     cer: float
     likeness: float
+    is_whole: bool
 
     def score(self, likeness_weight: float) -> float:
         """More is better."""
@@ -76,7 +78,12 @@ class PairMaker:
         )[8]
         originals = [decode_audio(s.members[str(speech_member(s.content))], CODEC_SAMPLE_RATE_HZ) for s in samples]
         return [
-            Reply(own, float(jiwer.cer(text, answer or " ")), likeness(wave, original))
+            Reply(
+                codes=own,
+                cer=float(jiwer.cer(text, answer or " ")),
+                likeness=likeness(wave, original),
+                is_whole=own.shape[1] >= self.speaker.num_read(text),
+            )
             for own, text, (answer, _), wave, original in zip(codes, texts, heard, spoken, originals, strict=True)
         ]
 
@@ -101,7 +108,7 @@ def add_pairs(shard: Path, out: Path, maker: PairMaker, num_replies: int, likene
         for samples, texts in _batches(shard):
             rounds = [maker.replies(samples, texts) for _ in range(num_replies)]
             for sample, replies in zip(samples, zip(*rounds, strict=True), strict=True):
-                ranked = sorted((r for r in replies if r.codes.shape[1]), key=lambda r: r.score(likeness_weight))
+                ranked = sorted((r for r in replies if r.is_whole), key=lambda r: r.score(likeness_weight))
                 if len(ranked) < 2 or ranked[-1].score(likeness_weight) - ranked[0].score(likeness_weight) < margin:
                     continue
                 codes = {CODES: ranked[-1].codes, REJECTED: ranked[0].codes}

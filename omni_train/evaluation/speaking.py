@@ -100,9 +100,15 @@ class Speaker:
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a reply, as they follow the head of its turn."""
-        head = self.format.tokens.head
+        return self._read(text)[len(self.format.tokens.head) - 3 :].tolist()
+
+    def num_read(self, text: str) -> int:
+        """How many tokens of a reply are read, one a frame."""
+        return len(self._read(text))
+
+    def _read(self, text: str) -> np.ndarray:
         ids = self.encoder.tokenizer(text + IM_END, add_special_tokens=False).input_ids
-        return reply_tokens(np.array([*head, *ids]), self.format.tokens)[len(head) - 3 :].tolist()
+        return reply_tokens(np.array([*self.format.tokens.head, *ids]), self.format.tokens)
 
     @torch.no_grad()
     def waves(self, codes: list[Tensor]) -> tuple[Tensor, list[int]]:

@@ -17,14 +17,14 @@ from omni_train.data.talker_sequence import CODES, REJECTED
 from omni_train.pairs import Reply, add_pairs
 
 
-def reply(mark: int, cer: float, likeness: float = 0.0, frames: int = 3) -> Reply:
-    return Reply(torch.full((4, frames), mark), cer, likeness)
+def reply(mark: int, cer: float, likeness: float = 0.0, is_whole: bool = True) -> Reply:
+    return Reply(torch.full((4, 3 if is_whole else 1), mark), cer, likeness, is_whole)
 
 
 REPLIES = {
     "clear": [reply(1, 0.4), reply(2, 0.1), reply(3, 0.9)],
     "alike": [reply(1, 0.30), reply(2, 0.35), reply(3, 0.32)],
-    "silent": [reply(1, 0.0, frames=0), reply(2, 0.5), reply(3, 0.0, frames=0)],
+    "cut": [reply(1, 0.0, is_whole=False), reply(2, 0.5), reply(3, 0.9, is_whole=False)],
     "voiced": [reply(1, 0.3, 0.2), reply(2, 0.3, 0.9), reply(3, 0.2, 0.1)],
 }
 SAID = {key: f" {key} words" for key in REPLIES}
