@@ -29,9 +29,10 @@ PAIRS_EPILOG = """examples:
     --judge runs/tiny/aut_pretrain/export \\
     +init.thinker=runs/tiny/s3_long_context/export model=tiny stage.yarn_factor=4
 
-Replies to the samples of each shard are sampled --replies times; the best is written as KEY.codes.npy, the worst as
+A reply to each sample is drawn with each --heat; the best is written as KEY.codes.npy, the worst as
 KEY.rejected.codes.npy: by the character error rate of what AuT hears, less --likeness-weight times the likeness to the
-speaker's own clip. Under torchrun the ranks share the shards.
+speaker's own clip. Cooler replies are clearer and more alike: of both kinds there is more to prefer. Under torchrun
+the ranks share the shards.
 """
 
 LAYOUT_EPILOG = """Layouts of a sample:
@@ -82,7 +83,8 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     pairs.add_argument("--through", required=True, help="the export of code2wav, which makes the replies heard")
     pairs.add_argument("--judge", required=True, help="the export of aut_pretrain, which hears them")
     pairs.add_argument("--question", default="what is said?", help="that AuT is asked (default: what is said?)")
-    pairs.add_argument("--replies", type=int, default=4, help="sampled to each sample (default 4)")
+    what = "how replies to each sample are drawn, one a number: stock's temperatures times it (default 1 1 0.3 0.3)"
+    pairs.add_argument("--heat", type=float, nargs="+", default=[1.0, 1.0, 0.3, 0.3], help=what)
     pairs.add_argument("--likeness-weight", type=float, default=0.1, help="against the error rate (default 0.1)")
     pairs.add_argument("--margin", type=float, default=0.05, help="least difference of a pair's scores (default 0.05)")
     pairs.add_argument("overrides", nargs="*", help="of stage talker_dpo: +init.thinker=EXPORT, model=PRESET, ...")
@@ -170,7 +172,7 @@ def write_pairs(options: argparse.Namespace) -> int:
     exports = [Path(folder) for folder in (options.talker, options.through, options.judge)]
     maker = PairMaker(config, *exports, ranks, options.question)
     for shard, out in shards:
-        num_pairs = add_pairs(shard, out, maker, options.replies, options.likeness_weight, options.margin)
+        num_pairs = add_pairs(shard, out, maker, options.heat, options.likeness_weight, options.margin)
         print(f"{out}: {num_pairs:,} pairs", flush=True)
     parallel.stop()
     return 0

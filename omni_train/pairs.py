@@ -10,7 +10,7 @@ are left out, and replies that end before their text does.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +63,9 @@ class PairMaker:
         self.generator = torch.Generator(device=ranks.device).manual_seed(config.seed)
         self.question, self.ranks = question, ranks
 
-    def replies(self, samples: list[Sample], texts: list[str]) -> list[Reply]:
-        """One reply to each sample, ``texts`` being what they are to say."""
-        codes = self.speaker.codes(samples, self.generator)
+    def replies(self, samples: list[Sample], texts: list[str], heat: float) -> list[Reply]:
+        """One reply to each sample, drawn with ``heat`` (Speaker.codes), ``texts`` being what they are to say."""
+        codes = self.speaker.codes(samples, self.generator, heat)
         waves, lengths = self.speaker.waves(codes)
         spoken = [wave[:length].cpu().numpy() for wave, length in zip(waves, lengths, strict=True)]
         heard = transcribe_all(
@@ -97,16 +97,18 @@ class PairMaker:
         return Sample("reply", "", "", {"messages": messages}, {"a.flac": file.getvalue()})
 
 
-def add_pairs(shard: Path, out: Path, maker: PairMaker, num_replies: int, likeness_weight: float, margin: float) -> int:
+def add_pairs(
+    shard: Path, out: Path, maker: PairMaker, heats: Sequence[float], likeness_weight: float, margin: float
+) -> int:
     """Write ``out``: the samples of ``shard`` of whose replies the best is ``margin`` better than the worst; how many.
 
-    ``out`` appears when it is whole. Raises DataError naming a sample without a spoken reply, FileExistsError where
-    ``out`` is there.
+    A reply is drawn with each of ``heats``. ``out`` appears when it is whole. Raises DataError naming a sample without
+    a spoken reply, FileExistsError where ``out`` is there.
     """
     num_pairs = 0
     with new_shard(out) as write:
         for samples, texts in _batches(shard):
-            rounds = [maker.replies(samples, texts) for _ in range(num_replies)]
+            rounds = [maker.replies(samples, texts, heat) for heat in heats]
             for sample, replies in zip(samples, zip(*rounds, strict=True), strict=True):
                 ranked = sorted((r for r in replies if r.is_whole), key=lambda r: r.score(likeness_weight))
                 if len(ranked) < 2 or ranked[-1].score(likeness_weight) - ranked[0].score(likeness_weight) < margin:

@@ -41,7 +41,7 @@ class MadeData:
 
     With ``codec``: ``omni-train data codes`` by the codec of that stage. With ``talker``: ``omni-train data pairs`` of
     replies by the Talker of that stage, heard ``through`` a Code2Wav and ranked by the AuT of stage ``judge``:
-    ``replies`` to each sample, the best of them at least ``margin`` better than the worst.
+    a reply with each ``heat`` to each sample, the best of them at least ``margin`` better than the worst.
     """
 
     only: str
@@ -50,7 +50,7 @@ class MadeData:
     talker: str = ""
     through: str = ""
     judge: str = ""
-    replies: int = 4
+    heat: list[float] = field(default_factory=lambda: [1.0, 1.0, 0.3, 0.3])
     margin: float = 0.05
 
     @property

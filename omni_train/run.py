@@ -205,7 +205,7 @@ def make_data(
         for role, maker in made.stages.items():
             command += [f"--{role}", str(run_dir / maker / "export")]
         if made.talker:
-            command += ["--replies", str(made.replies), "--margin", str(made.margin), *own]
+            command += ["--heat", *map(str, made.heat), "--margin", str(made.margin), *own]
         status = run_ranks(command, config.engine)
         if status:
             return status

@@ -9,7 +9,7 @@ combinations of known words; as many of train show what was seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jiwer
@@ -69,11 +69,14 @@ class Speaker:
         assert isinstance(data.encoder, Encoder) and data.encoder.speech is not None  # a Talker's stage
         self.encoder, self.format = data.encoder, data.encoder.speech
 
-    def codes(self, samples: list[Sample], generator: torch.Generator | None = None) -> list[Tensor]:
+    def codes(self, samples: list[Sample], generator: torch.Generator | None = None, heat: float = 1.0) -> list[Tensor]:
         """Codes [G, T] of each sample's reply in the voice of its speaker; [G, 0] where nothing is said.
 
-        The most likely ones, or drawn as stock draws them by default where a ``generator`` is given.
+        The most likely ones, or where a ``generator`` is given drawn as stock draws them by default, its temperatures
+        times ``heat``.
         """
+        drawn = [replace(own, temperature=heat * own.temperature) for own in (Sampling(), MTP_SAMPLING)]
+        sampling, mtp_sampling = drawn if generator is not None else (GREEDY, GREEDY)
         prompts = [self.encoder.prompt_and_answer(sample) for sample in samples]
         states = media_states(self.thinker, [prompt for prompt, _ in prompts], self.format, self.encoder.geometry)
         utterances = [
@@ -89,8 +92,8 @@ class Speaker:
             utterances,
             self.format,
             self.encoder.geometry,
-            sampling=GREEDY if generator is None else Sampling(),
-            mtp_sampling=GREEDY if generator is None else MTP_SAMPLING,
+            sampling=sampling,
+            mtp_sampling=mtp_sampling,
             max_frames=TIMES_AS_LONG * longest,
             generator=generator,
         ):

@@ -27,19 +27,16 @@ REPLIES = {
     "cut": [reply(1, 0.0, is_whole=False), reply(2, 0.5), reply(3, 0.9, is_whole=False)],
     "voiced": [reply(1, 0.3, 0.2), reply(2, 0.3, 0.9), reply(3, 0.2, 0.1)],
 }
+HEATS = (1.0, 0.5, 2.0)
 SAID = {key: f" {key} words" for key in REPLIES}
 
 
 class Maker:
-    """Replies by hand, one a round."""
+    """Replies by hand, one a heat."""
 
-    def __init__(self) -> None:
-        self.round = 0
-
-    def replies(self, samples: list[Sample], texts: list[str]) -> list[Reply]:
+    def replies(self, samples: list[Sample], texts: list[str], heat: float) -> list[Reply]:
         assert texts == [SAID[sample.key].strip() for sample in samples]
-        self.round += 1
-        return [REPLIES[sample.key][self.round - 1] for sample in samples]
+        return [REPLIES[sample.key][HEATS.index(heat)] for sample in samples]
 
 
 def write(path: Path, role: str = "assistant") -> Path:
@@ -67,11 +64,11 @@ def pairs(path: Path) -> dict[str, tuple[int, int]]:
 )
 def test_the_best_reply_is_chosen_over_the_worst(tmp_path, weight, expected):
     out = tmp_path / "new" / "pairs.tar"
-    assert add_pairs(write(tmp_path / "talk.tar"), out, Maker(), 3, weight, margin=0.09) == 2
+    assert add_pairs(write(tmp_path / "talk.tar"), out, Maker(), HEATS, weight, margin=0.09) == 2
     assert pairs(out) == expected
 
 
 def test_a_reply_that_cannot_be_judged_leaves_nothing_behind(tmp_path):
     with pytest.raises(DataError, match="no reply with its clip"):
-        add_pairs(write(tmp_path / "talk.tar", role="user"), tmp_path / "new" / "pairs.tar", Maker(), 3, 0.0, 0.0)
+        add_pairs(write(tmp_path / "talk.tar", role="user"), tmp_path / "new" / "pairs.tar", Maker(), HEATS, 0.0, 0.0)
     assert list((tmp_path / "new").iterdir()) == []
