@@ -1,0 +1,93 @@
+"""What stock transformers makes of an assembled folder: spoken questions answered in text and sound.
+
+    PYTHONPATH=. python tests/benchmark/whole.py FOLDER --run runs/quickstart [--items 48] [--voice anna]
+
+FOLDER is what `omni-train assemble` wrote; the questions are held-out phrases, each spoken by one of the corpus's
+speakers: "what is said?". Stock's own `generate` answers, as it draws by default; the words of its wave are those that
+the recogniser of the run finds (RUN/recogniser.pt, trained on original voices alone). The corpus must be there (``make
+corpus``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import platform
+import time
+from pathlib import Path
+
+import soundfile
+import torch
+from rollout import stock_inputs
+from transformers import AutoTokenizer, Qwen3OmniMoeForConditionalGeneration
+
+from omni_train import config as configuration
+from omni_train.data.audio import SAMPLE_RATE_HZ, decode_audio
+from omni_train.data.codes import speech_member
+from omni_train.data.contracts import Sample
+from omni_train.data.media_tokens import SAMPLES_PER_CODEC_FRAME
+from omni_train.data.pipeline import DataPipeline
+from omni_train.evaluation.capabilities import split_tasks
+from omni_train.evaluation.speech import listener_of, swapped, word_accuracy
+from omni_train.models.codec import codec_mel
+
+QUESTION = "what is said?"
+
+
+def asked(sample: Sample) -> tuple[Sample, str]:
+    """(the question about a sample's reply, what that reply says)."""
+    wave = decode_audio(sample.members[str(speech_member(sample.content))], SAMPLE_RATE_HZ)
+    file = io.BytesIO()
+    soundfile.write(file, wave, SAMPLE_RATE_HZ, format="FLAC")
+    said = "".join(p["text"] for p in sample.content["messages"][-1]["content"] if p["type"] == "text").strip()
+    parts = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]
+    return Sample("question", "", sample.key, {"messages": messages}, {"a.flac": file.getvalue()}), said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a whole model")
+    parser.add_argument("--run", type=Path, required=True, help="the run whose recogniser listens")
+    parser.add_argument("--items", type=int, default=48)
+    parser.add_argument("--voice", default="anna")
+    parser.add_argument("overrides", nargs="*", help="of the corpus, e.g. data.root=FOLDER")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = configuration.load("s2_general", ["engine=cpu1", "data.lanes=1", *options.overrides])
+    data = DataPipeline(config, AutoTokenizer.from_pretrained(options.folder, local_files_only=True))
+    if not (options.run / "recogniser.pt").exists():
+        parser.error(f"{options.run} has no recogniser.pt: its speech was not measured yet")
+    listener, ids = listener_of(data, options.run), data.encoder.ids
+    model, loading = Qwen3OmniMoeForConditionalGeneration.from_pretrained(
+        options.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    print(f"python {platform.python_version()}, torch {torch.__version__}, one thread")
+    print(f"loading: {({name: list(found) for name, found in loading.items() if found}) or 'nothing missing'}")
+    samples = split_tasks(data, {"talker": "talk"}, "heldout")["talker"][: options.items]
+    written, heard, started = [], [], time.perf_counter()
+    for sample in samples:
+        question, said = asked(sample)
+        prompt, _ = data.encoder.prompt_and_answer(question)
+        inputs = stock_inputs([prompt], ids.endoftext)
+        stops = {"thinker_eos_token_id": ids.im_end, "thinker_pad_token_id": ids.endoftext}
+        limits = {"thinker_max_new_tokens": 24, "talker_max_new_tokens": 64, "talker_pad_token_id": 0}
+        answer, wave = model.eval().generate(**inputs, speaker=options.voice, **stops, **limits)
+        text = data.tokenizer.decode(answer[0][prompt.num_tokens :], skip_special_tokens=True).strip()
+        written.append((text, said))
+        wave = wave.reshape(1, -1).float()
+        wave = torch.nn.functional.pad(wave, (0, -wave.shape[1] % SAMPLES_PER_CODEC_FRAME))
+        heard.append((listener.snap(listener.hear(codec_mel(wave), [wave.shape[1]])[0]), said))
+    exact = sum(text == said for text, said in written) / len(written)
+    print(f"{len(samples)} questions, {(time.perf_counter() - started) / len(samples):.2f} s each")
+    print(f"text exact {exact:.3f}, words {word_accuracy(written):.3f}")
+    print(
+        f"words heard in the wave {word_accuracy(heard):.3f} (control, of another item: {word_accuracy(swapped(heard)):.3f})"
+    )
+    for (text, said), (sound, _) in list(zip(written, heard, strict=True))[:4]:
+        print(f"    '{said}': wrote '{text}', said '{sound}'")
+
+
+if __name__ == "__main__":
+    main()
