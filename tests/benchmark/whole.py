@@ -82,9 +82,8 @@ def main() -> None:
     exact = sum(text == said for text, said in written) / len(written)
     print(f"{len(samples)} questions, {(time.perf_counter() - started) / len(samples):.2f} s each")
     print(f"text exact {exact:.3f}, words {word_accuracy(written):.3f}")
-    print(
-        f"words heard in the wave {word_accuracy(heard):.3f} (control, of another item: {word_accuracy(swapped(heard)):.3f})"
-    )
+    control = word_accuracy(swapped(heard))
+    print(f"words heard in the wave {word_accuracy(heard):.3f} (of another item: {control:.3f})")
     for (text, said), (sound, _) in list(zip(written, heard, strict=True))[:4]:
         print(f"    '{said}': wrote '{text}', said '{sound}'")
 
