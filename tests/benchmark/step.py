@@ -92,18 +92,20 @@ class Bare:
         return [name for pack in packs for name in pack.sample_ids]
 
 
-class Documents(torch.utils.data.Dataset):
-    """The documents of each step, read and encoded when asked for, as a map-style dataset."""
+class Documents:
+    """The documents of each step, read and encoded when asked for."""
 
     def __init__(self, data: DataPipeline, plans: list[list[PackPlan]], config: RunConfig) -> None:
         self.plans, self.encoder = plans, data.encoder
         shards = {name: data.indexed(source) for name, source in config.mixture.items()}
         self.reader = PackReader(shards, config.mixture)
 
-    def __len__(self) -> int:
-        return len(self.plans)
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        """One padded batch of the documents of a step: a collator of a dataset that holds the steps' numbers alone."""
+        (row,) = rows
+        return padded(self.read(row["step"]))
 
-    def __getitem__(self, step: int) -> list[Document]:
+    def read(self, step: int) -> list[Document]:
         return [
             self.encoder.encode(self.reader.read(planned), planned.start, planned.stop)
             for plan in self.plans[step]
@@ -111,9 +113,8 @@ class Documents(torch.utils.data.Dataset):
         ]
 
 
-def padded(steps: list[list[Document]]) -> dict[str, torch.Tensor]:
-    """One batch of a step's documents as stock's processor would pad it."""
-    (documents,) = steps
+def padded(documents: list[Document]) -> dict[str, torch.Tensor]:
+    """One batch of documents as stock's processor would pad it."""
     rows = [torch.from_numpy(document.input_ids) for document in documents]
     labels = [torch.from_numpy(document.labels) for document in documents]
     pad = nn.utils.rnn.pad_sequence
@@ -150,6 +151,7 @@ def trainer_classes(peer: str) -> tuple[type, type, dict]:
 
 def stock_seconds(config: RunConfig, plans: list[list[PackPlan]], peer: str) -> list[float]:
     """Seconds of each step but the first of a stock trainer with the stock Thinker on these documents."""
+    import datasets
     from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, TrainerCallback
 
     from omni_train.models.build import thinker_config
@@ -181,8 +183,9 @@ def stock_seconds(config: RunConfig, plans: list[list[PackPlan]], peer: str) -> 
             train_sampling_strategy="sequential",
             **more_arguments,
         )
-        documents = Documents(data, plans, config)
-        trainer = trainer_class(model, args=arguments, data_collator=padded, train_dataset=documents, **more)
+        steps = datasets.Dataset.from_dict({"step": list(range(len(plans)))})
+        collator = Documents(data, plans, config)
+        trainer = trainer_class(model, args=arguments, data_collator=collator, train_dataset=steps, **more)
         trainer.add_callback(clock)
         trainer.train()
     return [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
