@@ -289,6 +289,8 @@ def main() -> None:
     if options.ranks > 1:
         return ranks_in_turn(options.stage, own, options.ranks, options.steps, options.rounds)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}
+    os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)  # accelerate would take all cores, for what follows too
+    torch.set_num_threads(config.engine.threads)
     return turns(config, options.steps, options.rounds, options.peer)
 
 
