@@ -45,9 +45,10 @@ def test_every_rank_gets_its_place(rank_program, tmp_path: Path) -> None:
 
 def test_a_failing_rank_ends_the_others_quickly_and_alone_is_heard(rank_program, capfd) -> None:
     rank_program("if rank == 1:\n    raise RuntimeError('the second rank broke')\ntime.sleep(60)")
+    local.import_for_ranks(engine(2))  # what is timed is the end of ranks, not the first import of a test run
     started = time.monotonic()
     assert local.run_ranks([], engine(2)) == 1
-    assert time.monotonic() - started < 20.0
+    assert time.monotonic() - started < 5.0
     error = capfd.readouterr().err
     assert error.count("RuntimeError: the second rank broke") == 1 and error.count("Traceback") == 1
 
@@ -72,9 +73,10 @@ def test_a_rank_that_does_not_listen_is_killed(rank_program, monkeypatch: pytest
     rank_program(
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(0.5)\nif rank == 1:\n    sys.exit(3)\ntime.sleep(60)"
     )
+    local.import_for_ranks(engine(2))  # what is timed is the end of ranks, not the first import of a test run
     started = time.monotonic()
     assert local.run_ranks([], engine(2)) == 3
-    assert time.monotonic() - started < 20.0
+    assert time.monotonic() - started < 5.0
 
 
 def test_a_stop_signal_reaches_all_ranks_and_their_status_is_kept(rank_program, tmp_path: Path) -> None:

@@ -62,3 +62,20 @@ def test_a_gain_is_the_errors_of_the_start_less_those_of_the_export(by_hand):
     assert after == pytest.approx(before / 2) and after < before  # one of the two replies is now right
     low, high = found.figures["dpo_gain_low"], found.figures["dpo_gain_high"]
     assert 0.0 <= low <= before - after <= high
+
+
+@pytest.mark.parametrize(("heat", "expected"), [(1.0, (0.9, 1.0)), (0.5, (0.45, 0.5)), (None, (0.0, 0.0))])
+def test_heat_scales_both_of_stocks_temperatures_and_none_takes_the_most_likely(heat, expected, monkeypatch):
+    speaker, seen = object.__new__(speaking.Speaker), {}
+    llm, talker = SimpleNamespace(llm=None), SimpleNamespace(num_code_groups=4)
+    speaker.thinker, speaker.talker, speaker.format = llm, None, SimpleNamespace(talker=talker)
+    speaker.encoder = SimpleNamespace(prompt_and_answer=lambda sample: ("prompt", "answer"), geometry=None)
+    monkeypatch.setattr(speaking.Speaker, "tokens", lambda self, text: [1])
+    monkeypatch.setattr(speaking, "media_states", lambda thinker, prompts, *_: prompts)
+    monkeypatch.setattr(speaking, "read_codes", lambda data, header_only: torch.empty(4, 7))
+    monkeypatch.setattr(speaking, "speak", lambda *_, **options: seen.update(options) or [])
+    sample = SimpleNamespace(content={"speaker": "anna"}, members={speaking.CODES: b""})
+    drawn = () if heat is None else (torch.Generator(), heat)
+    assert speaker.codes([sample], *drawn)[0].shape == (4, 0)
+    assert (seen["sampling"].temperature, seen["mtp_sampling"].temperature) == pytest.approx(expected)
+    assert seen["max_frames"] == 4 * 7
