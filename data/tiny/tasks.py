@@ -54,6 +54,7 @@ NUM_SAMPLES = {
     "video_said": (6, 2, 3),  # times each concept
     "long_video_order": (200, 40, 100),
     "talker": (184, 24, 48),  # phrases, each by every speaker
+    "talker_asked": (92, 12, 24),  # the same, asked aloud
     "speaker": (32, 8, 48),  # the same, by a new one
     "sft_format": (1400, 100, 1000),
     "exercise_rounds": (1000, 25, 40),  # of 24 dialogues
@@ -382,21 +383,32 @@ def plan_chat(plan: Planner) -> list[PlannedSample]:
     return samples
 
 
-def _plan_replies(plan: Planner, task: str, speakers: Iterable[str]) -> list[PlannedSample]:
-    """Requests to say a phrase; the reply is its text and its speech."""
+def _plan_replies(
+    plan: Planner, task: str, speakers: Iterable[str], *, is_asked_aloud: bool = False
+) -> list[PlannedSample]:
+    """Requests to say a phrase, written or asked with a clip of it; the reply is its text and its speech."""
     samples = []
     for phrase in texts.talk_phrases(plan.seed)[plan.split][: plan.begin(task)]:
         for speaker in speakers:
-            messages = _turn(f"say: {phrase}", phrase)
-            messages[1]["content"].append({"type": "audio", "audio": "a.flac"})
-            content = {"messages": messages, "task": task, "lang": "en", "license": SPEECH_LICENSE, "speaker": speaker}
-            samples.append(PlannedSample(content, {"a.flac": Reply(phrase, speaker)}))
+            if is_asked_aloud:
+                sample = plan.sample(task, "transcribe", phrase, plan.clip(phrase))
+            else:
+                sample = plan.sample(task, f"say: {phrase}", phrase)
+            reply = f"{'ab'[len(sample.media)]}.flac"
+            sample.content["messages"][1]["content"].append({"type": "audio", "audio": reply})
+            sample.content["speaker"] = speaker
+            samples.append(PlannedSample(sample.content, {**sample.media, reply: Reply(phrase, speaker)}))
     return samples
 
 
 def plan_talk(plan: Planner) -> list[PlannedSample]:
     """Spoken replies by the named speakers, at 24 kHz."""
     return _plan_replies(plan, "talker", SPEAKERS)
+
+
+def plan_talk_asked(plan: Planner) -> list[PlannedSample]:
+    """Spoken replies to spoken questions. A source of its own: a codec learns every clip of its sources."""
+    return _plan_replies(plan, "talker_asked", SPEAKERS, is_asked_aloud=True)
 
 
 def plan_talk_new_speaker(plan: Planner) -> list[PlannedSample]:
@@ -421,6 +433,7 @@ SOURCES: dict[str, Callable[[Planner], list[PlannedSample]]] = {
     "chat": plan_chat,
     "talk": plan_talk,
     "talk_new_speaker": plan_talk_new_speaker,
+    "talk_asked": plan_talk_asked,
 }
 
 

@@ -1,28 +1,25 @@
 """What stock transformers makes of an assembled folder: spoken questions answered in text and sound.
 
-    PYTHONPATH=. python tests/benchmark/whole.py FOLDER --run runs/quickstart [--items 48] [--voice anna]
+    PYTHONPATH=. python tests/benchmark/whole.py FOLDER --run runs/quickstart [--items 48]
 
-FOLDER is what `omni-train assemble` wrote; the questions are held-out phrases, each spoken by one of the corpus's
-speakers: "what is said?". Stock's own `generate` answers, as it draws by default; the words of its wave are those that
-the recogniser of the run finds (RUN/recogniser.pt, trained on original voices alone). The corpus must be there (``make
-corpus``).
+FOLDER is what `omni-train assemble` wrote; the questions are held-out phrases, each said by a voice that nothing was
+trained on: "what is said?". Stock's own `generate` answers, as it draws by default, with the named voice of the
+sample; the words of its wave are those that the recogniser of the run finds (RUN/recogniser.pt, trained on original
+voices alone). The corpus must be there (``make corpus``).
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import platform
 import time
 from pathlib import Path
 
-import soundfile
 import torch
 from rollout import stock_inputs
 from transformers import AutoTokenizer, Qwen3OmniMoeForConditionalGeneration
 
 from omni_train import config as configuration
-from omni_train.data.audio import SAMPLE_RATE_HZ, decode_audio
 from omni_train.data.codes import speech_member
 from omni_train.data.contracts import Sample
 from omni_train.data.media_tokens import SAMPLES_PER_CODEC_FRAME
@@ -31,18 +28,14 @@ from omni_train.evaluation.capabilities import split_tasks
 from omni_train.evaluation.speech import listener_of, swapped, word_accuracy
 from omni_train.models.codec import codec_mel
 
-QUESTION = "what is said?"
-
 
 def asked(sample: Sample) -> tuple[Sample, str]:
-    """(the question about a sample's reply, what that reply says)."""
-    wave = decode_audio(sample.members[str(speech_member(sample.content))], SAMPLE_RATE_HZ)
-    file = io.BytesIO()
-    soundfile.write(file, wave, SAMPLE_RATE_HZ, format="FLAC")
-    said = "".join(p["text"] for p in sample.content["messages"][-1]["content"] if p["type"] == "text").strip()
-    parts = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": QUESTION}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]
-    return Sample("question", "", sample.key, {"messages": messages}, {"a.flac": file.getvalue()}), said
+    """(the question of a sample without the speech of its reply, what that reply says)."""
+    *messages, reply = sample.content["messages"]
+    said = "".join(part["text"] for part in reply["content"] if part["type"] == "text").strip()
+    members = {name: data for name, data in sample.members.items() if name != speech_member(sample.content)}
+    messages = [*messages, {"role": "assistant", "content": said}]
+    return Sample(sample.id, sample.shard, sample.key, {"messages": messages}, members), said
 
 
 def main() -> None:
@@ -50,7 +43,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of a whole model")
     parser.add_argument("--run", type=Path, required=True, help="the run whose recogniser listens")
     parser.add_argument("--items", type=int, default=48)
-    parser.add_argument("--voice", default="anna")
     parser.add_argument("overrides", nargs="*", help="of the corpus, e.g. data.root=FOLDER")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,7 +57,7 @@ def main() -> None:
     )
     print(f"python {platform.python_version()}, torch {torch.__version__}, one thread")
     print(f"loading: {({name: list(found) for name, found in loading.items() if found}) or 'nothing missing'}")
-    samples = split_tasks(data, {"talker": "talk"}, "heldout")["talker"][: options.items]
+    samples = split_tasks(data, {"talker_asked": "talk_asked"}, "heldout")["talker_asked"][: options.items]
     written, heard, started = [], [], time.perf_counter()
     for sample in samples:
         question, said = asked(sample)
@@ -73,7 +65,7 @@ def main() -> None:
         inputs = stock_inputs([prompt], ids.endoftext)
         stops = {"thinker_eos_token_id": ids.im_end, "thinker_pad_token_id": ids.endoftext}
         limits = {"thinker_max_new_tokens": 24, "talker_max_new_tokens": 64, "talker_pad_token_id": 0}
-        answer, wave = model.eval().generate(**inputs, speaker=options.voice, **stops, **limits)
+        answer, wave = model.eval().generate(**inputs, speaker=sample.content["speaker"], **stops, **limits)
         text = data.tokenizer.decode(answer[0][prompt.num_tokens :], skip_special_tokens=True).strip()
         written.append((text, said))
         wave = wave.reshape(1, -1).float()

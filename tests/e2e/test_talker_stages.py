@@ -46,7 +46,7 @@ def corpus(tmp_path_factory) -> Path:
     """A corpus of spoken replies with the micro corpus's tokenizer."""
     folder = tmp_path_factory.mktemp("speech")
     for split in ("train", "validation"):
-        for source in ("talk", "talk_new_speaker"):
+        for source in ("talk", "talk_asked", "talk_new_speaker"):
             write_shard(folder / split / source / "000000.tar", 24 if split == "train" else 6)
     (folder / "tokenizer").symlink_to(micro_corpus() / "tokenizer")
     return folder
@@ -109,7 +109,8 @@ def test_bad_speech_targets_are_left_out_and_named(corpus, tmp_path) -> None:
     write_shard(tmp_path / "train" / "talk" / "bad.tar", 24, bad=BAD)
     write_shard(tmp_path / "validation" / "talk" / "good.tar", 4)
     (tmp_path / "tokenizer").symlink_to(micro_corpus() / "tokenizer")
-    values = stage_values(tmp_path, tmp_path / "run", "data.max_bad_samples=6", "stage.total_tokens=2500")
+    one_source = ["~mixture.talk_asked", "~validation.talk_asked"]
+    values = stage_values(tmp_path, tmp_path / "run", "data.max_bad_samples=6", "stage.total_tokens=2500", *one_source)
     done = omni_train("train", "talker_pretrain", *values)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}

