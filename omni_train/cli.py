@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from omni_train import config as configuration
@@ -248,8 +249,8 @@ def command_assemble(options: argparse.Namespace, arguments: list[str]) -> int:
 
     config = configuration.load("talker_pretrain", options.overrides)
     tokenizer = load_tokenizer(Path(config.data.tokenizer))
-    sources = write_omni(config.model, tokenizer, config.init, Path(options.folder))
-    (Path(options.folder) / "README.md").write_text(model_card(config.model.name, sources))
+    card = partial(model_card, config.model.name)
+    sources = write_omni(config.model, tokenizer, config.init, Path(options.folder), card)
     for component, source in sources.items():
         print(f"{component} from {source}")
     print(f"wrote {options.folder}; what was measured of its parts: {options.folder}/README.md")

@@ -169,8 +169,8 @@ def write_pairs(options: argparse.Namespace) -> int:
     ranks = parallel.start(config.engine)
     shards = shards_of_rank(options)
     parallel.any_rank(False, ranks.device)  # the tokenizer is there
-    exports = [Path(folder) for folder in (options.talker, options.through, options.judge)]
-    maker = PairMaker(config, *exports, ranks, options.question)
+    talker, through, judge = (Path(folder) for folder in (options.talker, options.through, options.judge))
+    maker = PairMaker(config, talker, through, judge, ranks, options.question)
     for shard, out in shards:
         num_pairs = add_pairs(shard, out, maker, options.heat, options.likeness_weight, options.margin)
         print(f"{out}: {num_pairs:,} pairs", flush=True)

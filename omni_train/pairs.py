@@ -59,7 +59,7 @@ class PairMaker:
         self.speaker = Speaker(config, talker, code2wav, DataPipeline.of(config), ranks)
         self.judge, tokenizer = load_transcriber(judge)
         self.judge.to(ranks.device)
-        self.encoder = DataPipeline(config, tokenizer).encoder
+        self.encoder = DataPipeline(config, tokenizer).message_encoder
         self.generator = torch.Generator(device=ranks.device).manual_seed(config.seed)
         self.question, self.ranks = question, ranks
 

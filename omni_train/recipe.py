@@ -41,7 +41,8 @@ class MadeData:
 
     With ``codec``: ``omni-train data codes`` by the codec of that stage. With ``talker``: ``omni-train data pairs`` of
     replies by the Talker of that stage, heard ``through`` a Code2Wav and ranked by the AuT of stage ``judge``:
-    a reply with each ``heat`` to each sample, the best of them at least ``margin`` better than the worst.
+    a reply with each ``heat`` to each sample, the best of them at least ``margin`` better than the worst; without, as
+    the command would.
     """
 
     only: str
@@ -50,8 +51,8 @@ class MadeData:
     talker: str = ""
     through: str = ""
     judge: str = ""
-    heat: list[float] = field(default_factory=lambda: [1.0, 1.0, 0.3, 0.3])
-    margin: float = 0.05
+    heat: list[float] | None = None
+    margin: float | None = None
 
     @property
     def stages(self) -> dict[str, str]:
@@ -65,6 +66,8 @@ class MadeData:
                 "data made on the way needs either 'codec', to write codes, or 'talker', 'through' and 'judge', to "
                 f"write pairs; it has {', '.join(self.stages) or 'none'}"
             )
+        if self.codec and (self.heat is not None or self.margin is not None):
+            raise ConfigError("'heat' and 'margin' are of pairs, without effect on data of a 'codec'; leave them out")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -204,8 +204,12 @@ def make_data(
         command = ["data", "codes" if made.codec else "pairs", str(source), "--out", str(folder), "--only", made.only]
         for role, maker in made.stages.items():
             command += [f"--{role}", str(run_dir / maker / "export")]
+        if made.heat is not None:
+            command += ["--heat", *map(str, made.heat)]
+        if made.margin is not None:
+            command += ["--margin", str(made.margin)]
         if made.talker:
-            command += ["--heat", *map(str, made.heat), "--margin", str(made.margin), *own]
+            command += own
         status = run_ranks(command, config.engine)
         if status:
             return status

@@ -160,9 +160,10 @@ class Trainer:
         self.position.step += 1
         self.position.tokens += divisors["tokens"]
         metrics: dict[str, Any] = sums.means(divisors)
-        if self.fractions is not None and sums.router_counts.sum() > 0:
-            self.fractions = (sums.router_counts / sums.router_counts.sum(-1, keepdim=True).clamp(min=1)).float()
-            metrics |= expert_health(sums.router_counts)
+        counts = sums.router_counts
+        if self.fractions is not None and counts is not None and counts.sum() > 0:
+            self.fractions = (counts / counts.sum(-1, keepdim=True).clamp(min=1)).float()
+            metrics |= expert_health(counts)
         for engine_name, engine in self.stage.engines.items():
             metrics[f"grad_norm/{engine_name}"] = float(engine.get_global_grad_norm())
         for name, component in self.config.stage.components.items():

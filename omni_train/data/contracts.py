@@ -277,7 +277,9 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on ``device``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         movable = (torch.Tensor, SpeechPack)
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, movable) else v for k, v in values.items()}
-        return Pack(**moved)
+        for name, value in values.items():
+            if isinstance(value, movable):
+                values[name] = value.to(device, non_blocking=True)
+        return Pack(**values)

@@ -15,7 +15,7 @@ from omni_train.data.media_tokens import MediaGeometry, check_aspect_ratio, smar
 
 Image.init()  # NOTE: Pillow knows a format by name only after its plug-in was loaded.
 # What it may open, whatever a member is called. Not EPS, which it would hand to Ghostscript, nor other vector formats.
-_FORMATS = [
+_FORMATS: list[str] = [
     f for f in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if f in Image.OPEN
 ]
 _EXIF_ORIENTATION = 0x0112
@@ -72,10 +72,10 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(f"cannot read picture of {len(data):,} bytes: {error}; use jpg, png or webp") from error
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation (1 to 8), None where there is none."""
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation (1 to 8), 1 (upright) where there is none."""
     try:
-        return image.getexif().get(_EXIF_ORIENTATION)
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
     except _DAMAGE as error:
         raise ValueError(f"cannot read picture: {error}") from error
 

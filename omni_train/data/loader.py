@@ -19,14 +19,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from omni_train.config import LayoutConfig
 from omni_train.data.bad_samples import FIX
-from omni_train.data.contracts import DocumentPlan, Pack, PackPlan, Sample
+from omni_train.data.contracts import DocumentPlan, PackPlan, Sample
 from omni_train.data.index import ShardIndex
 from omni_train.data.layouts import read_content
 from omni_train.data.mixture import OutOfData
@@ -34,7 +34,8 @@ from omni_train.data.planner import Planner
 from omni_train.data.rows import read_members
 from omni_train.data.shard import SampleError
 
-LoadPack = Callable[[PackPlan], Pack]
+Loaded = TypeVar("Loaded")  # a pack, or a prompt
+LoadPack = Callable[[PackPlan], Loaded]
 
 
 def rank_packs(step_plans: Sequence[PackPlan], rank: int, world: int) -> list[PackPlan | None]:
@@ -62,7 +63,9 @@ class PackReader:
     Holds keys and byte ranges only, so a copy for each worker is cheap.
     """
 
-    def __init__(self, sources: dict[str, list[tuple[str | Path, ShardIndex]]], layouts: Mapping[str, LayoutConfig]):
+    def __init__(
+        self, sources: Mapping[str, Sequence[tuple[str | Path, ShardIndex]]], layouts: Mapping[str, LayoutConfig]
+    ) -> None:
         self._layouts = layouts
         self._shards = {name: [(path, *_ranges(index)) for path, index in shards] for name, shards in sources.items()}
 
@@ -87,7 +90,7 @@ class PackReader:
         return str(path), keys[document.index], int(offsets[document.index])
 
 
-class StepLoader:
+class StepLoader(Generic[Loaded]):
     """Packs of this rank, step by step.
 
     ``load_pack`` reads, encodes and collates one PackPlan; with ``num_workers`` ≥ 1 it must be picklable and runs in
@@ -99,8 +102,8 @@ class StepLoader:
     def __init__(
         self,
         planner: Planner,
-        load_pack: LoadPack,
-        make_dummy: Callable[[], Pack],
+        load_pack: LoadPack[Loaded],
+        make_dummy: Callable[[], Loaded],
         rank: int,
         world: int,
         num_workers: int = 0,
@@ -123,7 +126,7 @@ class StepLoader:
         self._in_flight: deque[tuple[list[PackPlan | None], list[Future[bytes]], dict[str, Any]]] = deque()
         self._state = planner.state_dict()
 
-    def next_step(self) -> list[Pack]:
+    def next_step(self) -> list[Loaded]:
         """This rank's packs of the next step, in (lane, slot) order, then dummies: equally many on every rank.
 
         Raises OutOfData when the plan ends, and whatever ``load_pack`` raised, with its type and message; the state
@@ -157,13 +160,13 @@ class StepLoader:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> StepLoader:
+    def __enter__(self) -> StepLoader[Loaded]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _next_prefetched(self) -> list[Pack]:
+    def _next_prefetched(self) -> list[Loaded]:
         """The oldest step in flight, waited for, with the next ones submitted before."""
         self._fill(self._prefetch_steps)
         if not self._in_flight:

@@ -74,7 +74,7 @@ class PackBuilder:
                 fix = "remove the shard's .idx files: a run writes what is missing"
                 raise DataError.at(shard, offset, what, key=key, fix=fix) from error
             raise SampleError.at(shard, offset, what, key=key, fix=FIX) from error
-        if self.code_noise > 0 and self.encoder.speech is not None:
+        if self.code_noise > 0 and isinstance(self.encoder, Encoder) and self.encoder.speech is not None:
             rng = np.random.default_rng(self._draw(sample.id, step))
             size = self.encoder.speech.talker.codebook_size
             document.speeches = [with_noise(speech, self.code_noise, size, rng) for speech in document.speeches]
@@ -167,6 +167,12 @@ class DataPipeline:
         """The pipeline with the tokenizer that the configuration names."""
         return DataPipeline(config, load_tokenizer(Path(config.data.tokenizer)))
 
+    @property
+    def message_encoder(self) -> Encoder:
+        """The encoder of messages; a stage of waves alone has none."""
+        assert isinstance(self.encoder, Encoder), "a codec's stage reads no messages"
+        return self.encoder
+
     def indexed(self, source: ShardsConfig) -> list[tuple[str, ShardIndex]]:
         """(shard, index) of every shard that the source's patterns match, missing indexes built.
 
@@ -221,12 +227,12 @@ class DataPipeline:
             seed=config.data.seed,
             block_size=config.data.block_size,
         )
+        workers = config.data.num_workers
         builder = self._builder(config.mixture, shards)
-        load, make_dummy = builder, self.dummy
-        if rollout is not None:
-            load = PromptBuilder(builder.reader, self.encoder)
-            make_dummy = load.dummy
-        return StepLoader(planner, load, make_dummy, rank, world, num_workers=config.data.num_workers)
+        if rollout is None:
+            return StepLoader(planner, builder, self.dummy, rank, world, workers)
+        prompts = PromptBuilder(builder.reader, self.message_encoder)
+        return StepLoader(planner, prompts, prompts.dummy, rank, world, workers)
 
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""

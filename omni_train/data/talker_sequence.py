@@ -182,7 +182,9 @@ def opening(text_0: int, speaker: int, format: SpeechFormat) -> tuple[list[int],
     return text, [NO_CODE] * 3 + codes
 
 
-def context(document: Document, system: Sequence[int], tokens: SpeechTokens) -> tuple[np.ndarray, np.ndarray]:
+def context(
+    document: Document, system: Sequence[int] | np.ndarray, tokens: SpeechTokens
+) -> tuple[np.ndarray, np.ndarray]:
     """(text side, codec side) of what stands before the opening: the Talker's system prompt and the user's turns."""
     user = document.input_ids[user_index(document.input_ids, tokens)]
     text = np.concatenate([np.asarray(system, dtype=np.int64), user])
@@ -209,7 +211,7 @@ def talker_positions(
 
 def talker_sequence(
     document: Document,
-    system: Sequence[int],
+    system: Sequence[int] | np.ndarray,
     codes: np.ndarray,
     speaker: object,
     format: SpeechFormat,

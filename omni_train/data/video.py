@@ -137,9 +137,9 @@ def _decode(
 ) -> tuple[np.ndarray, int, np.ndarray | None]:
     """(``_Screen`` at ``times``, its quarter turns, ``_Sound`` of that length or None), no further than needed."""
     stream = _video_stream(container)
-    screen, sound = _Screen(stream, times), None if num_samples is None else _Sound()
+    screen, sound = _Screen(stream, times), _Sound()
     streams: list[av.VideoStream | av.AudioStream] = [stream]
-    if sound is not None:
+    if num_samples is not None:
         streams.append(container.streams.audio[0])
     what = "video"
     try:
@@ -152,12 +152,12 @@ def _decode(
                 what = "video"
                 for frame in packet.decode():
                     screen.add(frame)
-            elif sound is None:
+            elif num_samples is None:
                 break
         what = "video"
         frames = screen.frames()
         what = "video's sound"
-        wave = None if sound is None else sound.wave(num_samples)
+        wave = None if num_samples is None else sound.wave(num_samples)
     except av.FFmpegError as error:
         raise ValueError(f"cannot decode the {what}: {error}") from error
     return frames, screen.quarter_turns or 0, wave

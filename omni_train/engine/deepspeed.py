@@ -119,7 +119,7 @@ class GradientGuard:
                 parameter.register_hook(self._note)
 
     def _note(self, grad: torch.Tensor) -> None:
-        self.waiting.append(grad)
+        self.waiting.append(grad.detach())  # the gradient itself, if held, would be copied on its way to `.grad`
         self.num_waiting += grad.numel()
         if self.num_waiting >= self.WAITING_NUMBERS:
             self._look()

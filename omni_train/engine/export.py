@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +199,16 @@ def write_processor(model: ModelConfig, folder: Path) -> None:
 
 
 def write_omni(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, init: dict[str, str], folder: Path
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    init: dict[str, str],
+    folder: Path,
+    card: Callable[[dict[str, str]], str] | None = None,
 ) -> dict[str, str]:
     """Write the whole model from the exports of stages, as a folder for stock's Qwen3OmniMoeForConditionalGeneration.
 
-    ``init``: component → folder, as a stage's. Returns what was taken: component → folder. Raises ConfigError
+    ``init``: component → folder, as a stage's. Returns what was taken: component → folder, of which ``card`` makes the
+    text of README.md. Raises ConfigError
     for a component without a folder, one that its folder does not hold, or a Code2Wav whose head stock does not have.
     """
     thinker = init_of(init, "llm")
@@ -222,6 +227,8 @@ def write_omni(
         omni.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_processor(model, temporary)
+        if card:
+            (temporary / "README.md").write_text(card(sources))
     return sources
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store, Work, _create_work_from_future
+from torch._C._distributed_c10d import Store, Work, _create_work_from_future  # type: ignore[attr-defined]
 from torch.futures import Future
 
 NAME = "shared_memory"

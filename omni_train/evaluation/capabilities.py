@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import jiwer
 import torch
@@ -149,8 +150,10 @@ def answer_all(
         )
         said = [final_answer(encoder.tokenizer.decode(row)).strip() for row in answers]
         found |= dict(zip(chosen, said, strict=False))
-    answers = [(found[n], reference.strip()) for n, (_, reference) in enumerate(prompts)]
-    return [compared(*pair, sample.content.get("pattern")) for pair, sample in zip(answers, mine, strict=True)]
+    return [
+        compared(found[n], reference.strip(), sample.content.get("pattern"))
+        for n, ((_, reference), sample) in enumerate(zip(prompts, mine, strict=True))
+    ]
 
 
 def compared(answer: str, reference: str, pattern: str | None) -> tuple[str, str]:
@@ -170,11 +173,14 @@ def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
     return scores
 
 
-def gather(pairs: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
-    """All ranks' pairs on every rank, in the order of the samples that the ranks took in turn."""
+Found = TypeVar("Found")
+
+
+def gather(found: list[Found], ranks: Ranks) -> list[Found]:
+    """What all ranks found on every rank, in the order of the samples that the ranks took in turn."""
     everything: list = [None] * ranks.world
-    dist.all_gather_object(everything, pairs)
-    return [pair for turn in itertools.zip_longest(*everything) for pair in turn if pair is not None]
+    dist.all_gather_object(everything, found)
+    return [one for turn in itertools.zip_longest(*everything) for one in turn if one is not None]
 
 
 def answer_tasks(
@@ -191,9 +197,9 @@ def answer_tasks(
     """Answers of an export to ``tasks`` ({task: source}) of a split, task by task, and of the control. Collective."""
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
     for task, samples in split_tasks(data, tasks, split).items():
-        pairs = gather(answer_all(thinker, data.encoder, samples, ranks, max_new_tokens), ranks)
+        pairs = gather(answer_all(thinker, data.message_encoder, samples, ranks, max_new_tokens), ranks)
         swapped = []
         if control:
             first = samples[:CONTROL_ITEMS]
-            swapped = gather(answer_all(thinker, data.encoder, first, ranks, max_new_tokens, control), ranks)
+            swapped = gather(answer_all(thinker, data.message_encoder, first, ranks, max_new_tokens, control), ranks)
         yield Answers(task, pairs, swapped, langs=langs_of(samples))

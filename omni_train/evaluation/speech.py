@@ -10,7 +10,7 @@ Shapes: B clips, N samples, M mel bands, F frames of 10 ms, C characters with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ class Clip:
 class Recogniser(nn.Module):
     """Convolutions over log-mel → character logits at 50 Hz. Its words are the nearest of the ``lexicon``."""
 
-    def __init__(self, lexicon: Sequence[str]) -> None:
+    def __init__(self, lexicon: Iterable[str]) -> None:
         super().__init__()
         self.lexicon = sorted(lexicon)
         self.conv_in = nn.Conv1d(NUM_MELS, WIDTH, 5, 2, 2)

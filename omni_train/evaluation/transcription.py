@@ -99,7 +99,7 @@ def transcribe_tasks(
     data = DataPipeline(config, tokenizer)
     for task, samples in split_tasks(data, tasks, split).items():
         own = samples[ranks.rank :: ranks.world]
-        mine = transcribe_all(model, data.encoder, own, window_sec, max_new_tokens, ranks.device)
+        mine = transcribe_all(model, data.message_encoder, own, window_sec, max_new_tokens, ranks.device)
         for window, part in mine.items():
             pairs = gather(part, ranks)
             others = [reference for _, reference in [*pairs[1:], pairs[0]]]

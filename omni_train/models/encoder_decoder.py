@@ -140,11 +140,13 @@ class EncoderDecoder(nn.Module):
 
     def ctc(self, memory: Tensor, memory_mask: Tensor, labels: Tensor, document: Tensor) -> dict[str, Tensor]:
         """Logits over bytes [D, S · slots, 257] with lengths [D]; targets of all documents [N] with lengths [D]."""
+        spelling, head = self.spelling, self.text_decoder.ctc_head
+        assert spelling is not None and head is not None
         num_documents, steps, _ = memory.shape
         texts = [b""] * num_documents
         for token, row in zip(labels.tolist(), document.tolist(), strict=True):
-            texts[row] += self.spelling[token]
-        logits = self.text_decoder.ctc_head(memory).view(num_documents, steps * CTC_SLOTS, CTC_CLASSES)
+            texts[row] += spelling[token]
+        logits = head(memory).view(num_documents, steps * CTC_SLOTS, CTC_CLASSES)
         return {
             "ctc_logits": logits,
             "ctc_lengths": memory_mask.sum(-1) * CTC_SLOTS,

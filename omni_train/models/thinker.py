@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
         rotary = model.rotary_emb(hidden, pack.position_ids[1:, None])
         for layer in range(number):
             hidden = model.layers[layer](hidden, position_embeddings=rotary, attention_mask=None, varlen=segments)
-            if deepstack is not None and layer < min(len(deepstack), number - 1):
+            if deepstack is not None and is_visual is not None and layer < min(len(deepstack), number - 1):
                 hidden = model._deepstack_process(hidden, is_visual[None], deepstack[layer])
         return model.norm(hidden)[0] if number == len(model.layers) else hidden[0]
 

@@ -13,6 +13,7 @@ talker_dpo                       the same with frozen "reference", a copy of the
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,8 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
     if config.engine.recompute:
         for module in modules.values():
             enable_recompute(module)
-    engines, frozen = {}, {}
+    engines: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     for name, module in modules.items():
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
         built = build_engine(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import RunConfig
 from omni_train.data.contracts import Pack
+from omni_train.data.loader import StepLoader
 from omni_train.engine.parallel import Ranks
 from omni_train.models.components import Inventory
 from omni_train.objectives.terms import Losses
@@ -56,7 +57,7 @@ class Stage:
     references: dict[str, nn.Module] = field(default_factory=dict)
     router_shape: tuple[int, int] | None = None  # layers, experts
     before_export: Callable[[], None] = nothing
-    batches: Callable[[BatchSource], BatchSource] = lambda packs: packs
+    batches: Callable[[StepLoader], BatchSource] = lambda packs: packs
     stateful: dict[str, Stateful] = field(default_factory=dict)
     after_step: Callable[[], None] = nothing
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3OmniMoeThinkerConfig
 
 from omni_train.config import ConfigError, Objective, RunConfig
 from omni_train.config.post_training import RolloutConfig
-from omni_train.data.contracts import Document, Pack
+from omni_train.data.contracts import Document, Pack, Prompt
 from omni_train.data.encode import Encoder, collate, dummy_pack
 from omni_train.data.loader import StepLoader
 from omni_train.data.pipeline import media_geometry
@@ -96,7 +96,7 @@ def packs_a_step(config: RunConfig, num_prompts: int) -> int:
 
 
 def rollout_source(
-    prompts: StepLoader, thinker: nn.Module, config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
+    prompts: StepLoader[Prompt], thinker: nn.Module, config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
 ) -> RolloutSource:
     """The batch source of a stage that samples answers with ``thinker``."""
     stage, rollout = config.stage, config.stage.rollout

@@ -109,6 +109,7 @@ stages:
         ("of: codes", "of: cods", ["for stage talker_dpo", "no data 'cods'", "did you mean 'codes'"]),
         ("of: codes", "of: pairs", ["for stage talker_dpo", "no data 'pairs'"]),
         ("codec: codec,", "codec: talker_dpo,", ["data.codes.codec 'talker_dpo' is no stage before talker_pretrain"]),
+        ("codec: codec,", "codec: codec, heat: [1.0],", ["'heat' and 'margin' are of pairs"]),
         (", judge: aut_pretrain", "", ["'talker', 'through' and 'judge'", "it has talker, through"]),
         ("through: code2wav}]", "through: code2wv}]", ["talker_pretrain.evaluate", "did you mean 'code2wav'"]),
     ],
@@ -152,10 +153,13 @@ def test_data_is_made_before_the_stage_that_trains_on_it_and_again_when_its_make
     assert codes[2:4] == [corpus, "--out"] and codes[-2:] == ["--codec", f"{run_dir}/codec/export"]
     assert pairs[2] == f"{run_dir}/data/codes" and pairs[-len(own) :] == own
     assert f"{run_dir}/aut_pretrain/export" == pairs[pairs.index("--judge") + 1]
+    assert "--heat" not in pairs and "--margin" not in pairs, "the command's own, unless the recipe says more"
     assert made() == []
     done = run_dir / "code2wav" / "DONE"
     os.utime(done, ns=(0, done.stat().st_mtime_ns + 1))
     assert made() == ["pairs"]
+    recipe.data["pairs"].heat = [1.0, 0.5]
+    assert made() == ["pairs"] and commands[0][commands[0].index("--heat") :][:3] == ["--heat", "1.0", "0.5"]
     (run_dir / "talker_dpo").mkdir()
     (run_dir / "talker_dpo" / "DONE").touch()
     os.utime(done, ns=(0, done.stat().st_mtime_ns + 1))
