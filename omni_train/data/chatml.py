@@ -338,9 +338,9 @@ _READERS: dict[str, Callable[[str, bytes], MediaFacts]] = {
 
 def describe(
     content: dict[str, Any], members: dict[str, bytes], tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, list[MediaFacts]]:
-    """(number of text tokens, facts of each medium in order of the text) of a sample, for its index; opens headers
-    only.
+) -> tuple[int, list[MediaFacts], bool]:
+    """(number of text tokens, facts of each medium in order of the text, whether it is plain text) of a sample, for its
+    index; opens headers only.
 
     Raises ValueError naming a member that is missing, unreadable or of a kind that cannot be read.
     """
@@ -356,7 +356,7 @@ def describe(
         ids = np.array([token for piece in pieces for token in tokenize(piece.text, tokenizer)], dtype=np.int64)
         system = system_tokens(content.get("talker_system", ""), tokenizer)
         facts += speech_facts(members, ids, system, SpeechTokens.of(tokenizer))
-    return count_text_tokens(pieces, tokenizer), facts
+    return count_text_tokens(pieces, tokenizer), facts, "text" in content and not facts
 
 
 def _facts(kind: str, name: str, members: dict[str, bytes]) -> MediaFacts:
@@ -389,8 +389,9 @@ class Describe:
     def __reduce__(self) -> tuple[type[Describe], tuple[str, LayoutConfig]]:
         return Describe, (self.tokenizer_folder, self.layout)
 
-    def __call__(self, key: str, members: dict[str, bytes]) -> tuple[int, list[MediaFacts]]:
-        """(number of text tokens, media facts) of sample ``key``. Raises ValueError naming the key."""
+    def __call__(self, key: str, members: dict[str, bytes]) -> tuple[int, list[MediaFacts], bool]:
+        """(number of text tokens, media facts, whether it is plain text) of sample ``key``. Raises ValueError naming
+        the key."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_folder)
         try:

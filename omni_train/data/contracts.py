@@ -51,7 +51,8 @@ class SampleFacts:
 
     ``offset`` and ``size`` are the byte range of the whole sample in the tar file (its headers included, a multiple of
     512). ``num_text_tokens`` counts every token of the rendered sample that is not a media placeholder; ``media`` lists
-    its media members in the order in which they appear in the text, then its speech targets.
+    its media members in the order in which they appear in the text, then its speech targets. ``is_text``: plain text,
+    which may be cut where it is longer than a context; a conversation or media may not.
     """
 
     key: str
@@ -59,6 +60,7 @@ class SampleFacts:
     size: int
     num_text_tokens: int
     media: list[MediaFacts] = field(default_factory=list)
+    is_text: bool = False
 
 
 @dataclass(slots=True)

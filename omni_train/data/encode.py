@@ -91,8 +91,8 @@ class Encoder:
         return facts.num_text_tokens + num_media
 
     def is_splittable(self, facts: SampleFacts) -> bool:
-        """Whether a sample longer than the context is cut: plain text is, what holds media is not."""
-        return not facts.media
+        """Whether a sample longer than the context is cut: plain text is; a conversation and what has media are not."""
+        return facts.is_text
 
     def encode(self, sample: Sample, start: int = 0, stop: int | None = None) -> Document:
         """The document of a sample, or tokens ``start`` to ``stop`` of a text without media, as a document of its own.

@@ -29,11 +29,12 @@ from omni_train.data.contracts import BadSample, MediaFacts, SampleFacts
 from omni_train.data.rows import scan_samples
 from omni_train.data.shard import DataError, is_url, shard_size
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 INDEX_FORMAT = "omni-train shard index"
 
-Describe = Callable[[str, dict[str, bytes]], tuple[int, list[MediaFacts]]]
-"""(key, members) → (number of text tokens, facts of its media). ValueError on a bad sample; picklable for jobs > 1."""
+Describe = Callable[[str, dict[str, bytes]], tuple[int, list[MediaFacts], bool]]
+"""(key, members) → (number of text tokens, facts of its media, whether it is plain text). ValueError on a bad sample;
+picklable for jobs > 1."""
 
 
 @dataclass(slots=True)
@@ -73,12 +74,12 @@ def build_index(shard: str | Path, describe: Describe, fingerprint: str) -> Shar
         try:
             if sample.error:
                 raise ValueError(sample.error)
-            num_text_tokens, media = describe(sample.key, sample.members)
+            described = describe(sample.key, sample.members)
         except ValueError as error:
             what = str(error).removeprefix(f"sample {sample.key}: ")
             bad.append(BadSample(str(shard), sample.key, sample.offset, what))
         else:
-            samples.append(SampleFacts(sample.key, sample.offset, sample.size, num_text_tokens, media))
+            samples.append(SampleFacts(sample.key, sample.offset, sample.size, *described))
     return ShardIndex(samples, scan.size, scan.crc32, fingerprint, bad)
 
 
@@ -97,7 +98,8 @@ def save_index(shard: str | Path, index: ShardIndex, layout: str = "") -> None:
     lines = [json.dumps(header)]
     for sample in index.samples:
         media = [_media_row(facts) for facts in sample.media]
-        lines.append(json.dumps([sample.key, sample.offset, sample.size, sample.num_text_tokens, media]))
+        row = [sample.key, sample.offset, sample.size, sample.num_text_tokens, media, int(sample.is_text)]
+        lines.append(json.dumps(row))
     lines += [json.dumps({"key": bad.key, "offset": bad.offset, "error": bad.error}) for bad in index.bad]
     _write_atomically(index_path(shard, layout), ("\n".join(lines) + "\n").encode())
 
@@ -264,8 +266,8 @@ def _parse_index(shard: str | Path, data: bytes, layout: str) -> ShardIndex:
         if len(rows) != num_samples + num_bad:
             raise ValueError(f"{len(rows):,} samples, not the {num_samples + num_bad:,} of its header")
         samples = [
-            SampleFacts(key, offset, size, tokens, [MediaFacts(*media_row) for media_row in media])
-            for key, offset, size, tokens, media in rows[:num_samples]
+            SampleFacts(key, offset, size, tokens, [MediaFacts(*media_row) for media_row in media], bool(is_text))
+            for key, offset, size, tokens, media, is_text in rows[:num_samples]
         ]
         bad = [BadSample(str(shard), **row) for row in rows[num_samples:]]
         return ShardIndex(samples, header["shard_bytes"], header["crc32"], header["fingerprint"], bad)

@@ -70,8 +70,8 @@ def test_the_assistants_clip_is_no_part_of_the_text(tokenizer):
     spoken = {"messages": [{"role": "user", "content": "say: red dog"}, {"role": "assistant", "content": reply}]}
     silent = {"messages": [spoken["messages"][0], {"role": "assistant", "content": "red dog"}]}
     assert render(spoken) == render(silent) and modality_of(spoken) == "text"
-    num_tokens, facts = describe(spoken, {"a.flac": file.getvalue()}, tokenizer)
-    assert num_tokens == describe(silent, {}, tokenizer)[0]
+    num_tokens, facts, is_text = describe(spoken, {"a.flac": file.getvalue()}, tokenizer)
+    assert num_tokens == describe(silent, {}, tokenizer)[0] and not is_text
     assert [(fact.kind, fact.num_samples, fact.sample_rate_hz) for fact in facts] == [("speech", 2400, 24_000)]
     with pytest.raises(ValueError, match=r"names speech member 'a\.flac', which is missing"):
         describe(spoken, {}, tokenizer)
@@ -293,7 +293,7 @@ def media_members():
 def test_describe_gives_counts_and_facts_in_order(folder, tokenizer):
     members = {"json": json.dumps(TWO_TURNS).encode(), **media_members()}
     describer = pickle.loads(pickle.dumps(Describe(folder)))
-    num_tokens, facts = describer("k", members)
+    num_tokens, facts, _ = describer("k", members)
     assert num_tokens == len(tokenize(joined(render(TWO_TURNS)), tokenizer)) - 2
     assert [(fact.member, fact.kind) for fact in facts] == [("a.flac", "audio"), ("jpg", "image")]
     assert (facts[0].num_samples, facts[1].width, facts[1].height) == (24_000, 90, 60)

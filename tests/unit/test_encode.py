@@ -91,8 +91,15 @@ def test_placeholders_are_as_many_as_features(encoder):
 def test_index_foretells_the_length(encoder, folder):
     describe = Describe(folder)
     for one in (mixed(), TEXT):
-        num_tokens, media = describe(one.key, one.members)
-        assert encoder.num_tokens(SampleFacts("k", 0, 0, num_tokens, media)) == encoder.encode(one).num_tokens
+        facts = SampleFacts("k", 0, 0, *describe(one.key, one.members))
+        assert encoder.num_tokens(facts) == encoder.encode(one).num_tokens
+
+
+def test_plain_text_alone_may_be_cut(encoder, folder):
+    turns = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "a dog"}]
+    for one, may_be_cut in ((TEXT, True), (sample({"messages": turns}), False), (mixed(), False)):
+        facts = SampleFacts("k", 0, 0, *Describe(folder)(one.key, one.members))
+        assert encoder.is_splittable(facts) is may_be_cut
 
 
 def test_a_pickled_encoder_gives_the_same_document(encoder):

@@ -29,7 +29,7 @@ def describe(key, members):
     if text == "bad":
         raise ValueError("a bad text")
     media = [MediaFacts("a.wav", "audio", num_samples=len(members["a.wav"]), sample_rate_hz=16_000)]
-    return len(text), media if "a.wav" in members else []
+    return len(text), media if "a.wav" in members else [], "a.wav" not in members
 
 
 def write_shards(folder, texts, maxcount=4):

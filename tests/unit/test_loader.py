@@ -40,7 +40,7 @@ def test_rank_packs_by_hand():
 
 
 def describe(key, members):
-    return len(members["a.bin"]) + 1, []
+    return len(members["a.bin"]) + 1, [], True
 
 
 @pytest.fixture

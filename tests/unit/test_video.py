@@ -154,8 +154,8 @@ def test_the_index_counts_the_tokens_that_the_encoder_makes(folder, has_sound):
         tones = rng.randrange(1, 60_000) if has_sound else 0
         clip = sample(has_sound, steady_video(num_frames, fps, size, tones, grey))
         document = encoder.encode(clip)
-        num_text, media = describe("k", clip.members)
-        assert document.num_tokens == encoder.num_tokens(SampleFacts("k", 0, 512, num_text, media)), (fps, size, tones)
+        facts = SampleFacts("k", 0, 512, *describe("k", clip.members))
+        assert document.num_tokens == encoder.num_tokens(facts), (fps, size, tones)
         assert document.modality == ("video_audio" if has_sound else "video")
         ids = document.input_ids.tolist()
         assert ids.count(encoder.ids.video_pad) == np.prod(document.video_grids[0]) // 4
