@@ -126,7 +126,7 @@ class RolloutSource:
             if not self.waiting:
                 self.waiting = self._sample_cycle()
             passed.append(self.waiting.pop(0))
-        packs = [pack for group in passed[-1].groups for pack in self._packs(group)]
+        packs = self._packs(passed[-1].groups)
         names = passed[-1].statistics
         for pack in packs:  # every pack reports the same names
             pack.statistics = {name: torch.zeros(2, dtype=torch.float64) for name in names}
@@ -252,18 +252,19 @@ class RolloutSource:
             advantages = advantages[is_kept]
         return Group(prompt, answers, advantages)
 
-    def _packs(self, group: Group) -> list[Pack]:
-        """As many packs as every group gets; dummies where it has fewer answers."""
+    def _packs(self, groups: list[Group]) -> list[Pack]:
+        """The answers of an update in as many packs as every rank has; dummies where there are fewer answers."""
         documents = [
             (
                 continued(group.prompt.document, answer, f"{group.prompt.document.sample_id}#{n}"),
                 answer,
                 float(advantage),
             )
+            for group in groups
             for n, (answer, advantage) in enumerate(zip(group.answers, group.advantages, strict=True))
         ]
         packs = []
-        for first in range(0, self.config.group_size, self.per_pack):
+        for first in range(0, len(groups) * self.config.group_size, self.per_pack):
             part = documents[first : first + self.per_pack]
             packs.append(pack_answers(part, self.collate) if part else self.make_dummy())
         return packs

@@ -91,8 +91,8 @@ def packs_a_step(config: RunConfig, num_prompts: int) -> int:
     """Packs of an optimizer step on a rank that samples answers to ``num_prompts`` prompts a cycle."""
     rollout = config.stage.rollout
     assert rollout is not None
-    a_group = math.ceil(rollout.group_size / answers_a_pack(rollout, config.stage.context))
-    return num_prompts // rollout.updates_per_cycle * a_group
+    num_answers = num_prompts // rollout.updates_per_cycle * rollout.group_size
+    return math.ceil(num_answers / answers_a_pack(rollout, config.stage.context))
 
 
 def rollout_source(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from omni_train.data.tokenizer import load_tokenizer, token_ids
 from omni_train.rollout.rewards import Rewards
 from omni_train.rollout.sample import Answer
 from omni_train.rollout.source import MAX_IDLE_CYCLES, RolloutSource, continued, pack_answers
+from omni_train.stage.post_training import answers_a_pack, packs_a_step
 
 GEOMETRY = MediaGeometry()
 
@@ -88,6 +91,11 @@ def source_of(sampler, prompts=None, rules=None, rewards=True, per_pack=2, **con
 NO_SIGNAL = [0, 0, 0]
 
 
+def prompts_of(packs) -> list[str]:
+    """The prompts whose answers lie in the packs, in order."""
+    return list(dict.fromkeys(name.split("#")[0] for pack in packs for name in pack.sample_ids))
+
+
 def test_an_answer_goes_on_from_its_prompt_with_labels_and_log_probabilities_in_place():
     own = prompt(0).document
     own.position_ids = np.array([[0, 1, 5], [0, 1, 2], [0, 1, 2]])
@@ -104,11 +112,10 @@ def test_an_answer_goes_on_from_its_prompt_with_labels_and_log_probabilities_in_
 def test_a_step_has_a_fixed_number_of_packs_with_centred_advantages():
     packs = source_of(Sampler({1: NO_SIGNAL})).next_step()
     assert [pack.sample_ids for pack in packs] == [
-        ["s/0#0", "s/0#1"], ["s/0#2"], [], [], ["s/2#0", "s/2#1"], ["s/2#2"], ["s/3#0", "s/3#1"], ["s/3#2"],
+        ["s/0#0", "s/0#1"], ["s/0#2", "s/2#0"], ["s/2#1", "s/2#2"], ["s/3#0", "s/3#1"], ["s/3#2"], [],
     ]  # fmt: skip
-    assert packs[0].advantages.tolist() == pytest.approx([2 / 3, -1 / 3]) and packs[1].advantages.tolist() == [
-        pytest.approx(-1 / 3)
-    ]
+    assert packs[0].advantages.tolist() == pytest.approx([2 / 3, -1 / 3])
+    assert packs[1].advantages.tolist() == pytest.approx([-1 / 3, 2 / 3])
     reported = {name: pair.tolist() for name, pair in packs[0].statistics.items()}
     assert reported == {
         "rollout/tokens": [24, 12],
@@ -122,11 +129,20 @@ def test_a_step_has_a_fixed_number_of_packs_with_centred_advantages():
         assert set(pack.statistics) == set(reported) and all(pair.sum() == 0 for pair in pack.statistics.values())
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("per_pack", [1, 2, 5, 100])
+def test_a_step_has_the_packs_that_the_engine_waits_for(per_pack: int, updates: int) -> None:
+    more = {"max_prompt_tokens": 6, "updates_per_cycle": updates}
+    source = source_of(Sampler({1: NO_SIGNAL}), per_pack=per_pack, **more)
+    stage = SimpleNamespace(rollout=source.config, context=10 * per_pack + 9)
+    assert answers_a_pack(source.config, stage.context) == per_pack
+    assert len(source.next_step()) == packs_a_step(SimpleNamespace(stage=stage), num_prompts=4)
+
+
 def test_groups_without_signal_are_drawn_anew_from_their_own_lane():
     sampler = Sampler({1: NO_SIGNAL, 4: NO_SIGNAL})
     packs = source_of(sampler, max_draws=3).next_step()
-    found = [pack.sample_ids[0] for pack in packs[::2]]
-    assert found == ["s/0#0", "s/5#0", "s/2#0", "s/3#0"]  # lane 0 had 0 and 1; its next are 4 and 5
+    assert prompts_of(packs) == ["s/0", "s/5", "s/2", "s/3"]  # lane 0 had 0 and 1; its next are 4 and 5
     assert sampler.keys == [
         ["5/0/0/s/0", "5/0/0/s/1", "5/0/0/s/2", "5/0/0/s/3"],
         ["5/0/1/s/4", "5/0/1/s/5", "5/0/1/s/6", "5/0/1/s/7"],
@@ -136,18 +152,19 @@ def test_groups_without_signal_are_drawn_anew_from_their_own_lane():
 def test_a_cycle_is_dealt_to_its_updates_by_slot_and_one_without_answers_is_passed():
     source = source_of(Sampler({0: NO_SIGNAL, 2: NO_SIGNAL}), updates_per_cycle=2)
     packs = source.next_step()  # the first update has slot 0 of each lane: nothing to learn
-    assert [pack.sample_ids[0] for pack in packs[::2]] == ["s/1#0", "s/3#0"]
+    assert prompts_of(packs) == ["s/1", "s/3"]
     assert packs[0].statistics["rollout/useful_groups"].tolist() == [2, 4]
     packs = source.next_step()
-    assert [pack.sample_ids[0] for pack in packs[::2]] == ["s/4#0", "s/6#0"]
+    assert prompts_of(packs) == ["s/4", "s/6"]
     packs = source.next_step()
-    assert [pack.sample_ids[0] for pack in packs[::2]] == ["s/5#0", "s/7#0"]
+    assert prompts_of(packs) == ["s/5", "s/7"]
     assert packs[0].statistics["reward"].tolist() == [0, 0], "a cycle is reported once"
 
 
 def test_truncated_answers_can_be_left_out_of_the_loss_but_count_in_the_mean():
     packs = source_of(Sampler({}), drop_truncated=True).next_step()
-    assert packs[0].sample_ids == ["s/0#0", "s/0#1"] and packs[1].sample_ids == []
+    assert [pack.sample_ids for pack in packs[:2]] == [["s/0#0", "s/0#1"], ["s/1#0", "s/1#1"]]
+    assert [len(pack.sample_ids) for pack in packs] == [2, 2, 2, 2, 0, 0]
     assert packs[0].advantages.tolist() == pytest.approx([2 / 3, -1 / 3])
 
 
@@ -165,14 +182,14 @@ def test_a_sample_whose_reward_fails_is_written_down_and_left_out(rule, error):
 
     fails_once.calls = 0
     packs = source_of(Sampler({}), rules={"right": fails_once}).next_step()
-    assert [pack.sample_ids[:1] for pack in packs[::2]] == [["s/0#0"], [], ["s/2#0"], ["s/3#0"]]
+    assert prompts_of(packs) == ["s/0", "s/2", "s/3"]
     (bad,) = packs[0].bad_samples
     assert (bad.shard, bad.key, bad.offset) == ("x.tar", "k1", 512) and error in bad.error
 
 
 def test_a_prompt_that_could_not_be_decoded_is_written_down_and_left_out():
     packs = source_of(Sampler({}), Prompts(bad=(2,))).next_step()
-    assert [bad.key for bad in packs[0].bad_samples] == ["k2"] and packs[4].sample_ids == []
+    assert [bad.key for bad in packs[0].bad_samples] == ["k2"] and prompts_of(packs) == ["s/0", "s/1", "s/3"]
 
 
 def test_without_rewards_every_answer_is_learned_from():
