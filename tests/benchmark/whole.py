@@ -1,6 +1,6 @@
 """What stock transformers makes of an assembled folder: spoken questions answered in text and sound.
 
-    PYTHONPATH=. python tests/benchmark/whole.py FOLDER --run runs/quickstart [--items 48]
+    PYTHONPATH=. python tests/benchmark/whole.py FOLDER --run runs/quickstart [--items 48] [--temperature 0.9]
 
 FOLDER is what `omni-train assemble` wrote; the questions are held-out phrases, each said by a voice that nothing was
 trained on: "what is said?". Stock's own `generate` answers, as it draws by default, with the named voice of the
@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of a whole model")
     parser.add_argument("--run", type=Path, required=True, help="the run whose recogniser listens")
     parser.add_argument("--items", type=int, default=48)
+    what = "of the Talker's codes (default .9, stock's own); 0: the likeliest, without stock's repetition penalty"
+    parser.add_argument("--temperature", type=float, default=0.9, help=what)
     parser.add_argument("overrides", nargs="*", help="of the corpus, e.g. data.root=FOLDER")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -64,8 +66,11 @@ def main() -> None:
         prompt, _ = data.encoder.prompt_and_answer(question)
         inputs = stock_inputs([prompt], ids.endoftext)
         stops = {"thinker_eos_token_id": ids.im_end, "thinker_pad_token_id": ids.endoftext}
+        drawn = {"talker_temperature": options.temperature}
+        if options.temperature == 0:
+            drawn = {"talker_do_sample": False, "talker_repetition_penalty": 1.0}
         limits = {"thinker_max_new_tokens": 24, "talker_max_new_tokens": 64, "talker_pad_token_id": 0}
-        answer, wave = model.eval().generate(**inputs, speaker=sample.content["speaker"], **stops, **limits)
+        answer, wave = model.eval().generate(**inputs, speaker=sample.content["speaker"], **stops, **limits, **drawn)
         text = data.tokenizer.decode(answer[0][prompt.num_tokens :], skip_special_tokens=True).strip()
         written.append((text, said))
         wave = wave.reshape(1, -1).float()
