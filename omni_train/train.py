@@ -38,6 +38,7 @@ from omni_train.reporting.metrics import MetricsWriter
 from omni_train.reporting.progress import Progress
 from omni_train.reporting.results import add_stage
 from omni_train.stage import build_stage
+from omni_train.stage.post_training import packs_a_step
 
 
 class NonFiniteError(ValueError):
@@ -77,6 +78,8 @@ class Trainer:
             self.data.indexed(source)
         self.bad_samples = self.data.bad_sample_log(self.folder / "bad_samples.jsonl")
         micro_batches = math.ceil(config.data.lanes / ranks.world) * config.data.packs_per_lane
+        if config.stage.rollout is not None:  # what the planner's packs hold then are prompts
+            micro_batches = packs_a_step(config, micro_batches)
         self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
         self.batches = self.stage.batches(self.loader)
         self.guards = [GradientGuard(engine.module, ranks.device) for engine in self.stage.engines.values()]
@@ -92,6 +95,8 @@ class Trainer:
         ``wants_stop`` on one rank sets ``is_stopping`` on all. Raises on every rank, before the optimizer moves:
         DataError past the budget for bad samples, NonFiniteError when a loss or gradient is not finite.
         """
+        for engine in self.stage.engines.values():  # else it would step within the packs, or not at all
+            assert len(packs) == engine.gradient_accumulation_steps()
         left_out = [sample for pack in packs for sample in pack.bad_samples]
         divisors, samples, (self.is_stopping, is_any_left_out) = self._agree(packs, wants_stop, bool(left_out))
         if is_any_left_out:

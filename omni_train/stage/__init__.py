@@ -90,8 +90,6 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
     modules = build_modules(config, tokenizer)
     components = config.stage.components
     references = post_training.build_references(config, tokenizer, ranks, modules)
-    if config.stage.rollout is not None:
-        micro_batches = post_training.packs_a_step(config, micro_batches)
     inventory = freeze_all_but(modules.values(), components)
     if config.engine.recompute:
         for module in modules.values():
