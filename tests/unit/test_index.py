@@ -47,6 +47,7 @@ def test_index_holds_ranges_tokens_and_media_and_survives_the_file(tmp_path):
     assert [(facts.offset, facts.size) for facts in built.samples] == [(0, 2048), (2048, 2048), (4096, 2048)]
     assert [facts.media[0].num_samples for facts in built.samples] == [1, 2, 3]
     assert (built.shard_bytes, built.num_samples, built.fingerprint) == (shard.stat().st_size, 3, "tok-1")
+    built.samples[1].is_text = True
     save_index(shard, built)
     assert load_index(shard, "tok-1") == built
     assert [path.name for path in tmp_path.iterdir() if ".tmp" in path.name] == []
