@@ -125,6 +125,13 @@ def test_gradient_guard_sees_a_bad_gradient_once(value):
     assert not guard.take()
 
 
+def test_gradient_guard_holds_no_gradient_that_would_have_to_be_copied():
+    module = torch.nn.Linear(2, 1, bias=False)
+    guard = GradientGuard(module, torch.device("cpu"))
+    module(torch.tensor([1.0, 2.0])).sum().backward()
+    assert guard.waiting[0].data_ptr() == module.weight.grad.data_ptr()
+
+
 def poisoned(ranks: Ranks, folder: str):
     """A good step, then one with a broken clip on rank 1: the error, whether the weights stayed, and the step."""
     case = Case(kinds=("text", "text", "text", "audio"), world=2, expert_parallel=2)
