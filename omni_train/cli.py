@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html and print the result table of a run folder")
     report.add_argument("run", help="a recipe's run folder")
-    report.add_argument("--recipe", help="recipe whose bars to print")
+    report.add_argument("--recipe", help="recipe whose bars, and whose comparison with its baseline, to print")
 
     add_data_commands(commands)
     return root
@@ -262,9 +262,10 @@ def command_report(options: argparse.Namespace, arguments: list[str]) -> int:
     from omni_train.reporting.report import write_report
     from omni_train.reporting.results import load_results, render_table
 
-    bars = load_recipe(Path(options.recipe)).bars if options.recipe else None
-    print(render_table(load_results(Path(options.run)), bars))
-    print(f"report: {write_report(Path(options.run), bars)}")
+    recipe = load_recipe(Path(options.recipe)) if options.recipe else None
+    bars, baseline = (recipe.bars, recipe.baseline) if recipe else (None, "")
+    print(render_table(load_results(Path(options.run)), bars, baseline))
+    print(f"report: {write_report(Path(options.run), bars, baseline)}")
     return 0
 
 

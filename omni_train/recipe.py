@@ -90,7 +90,8 @@ class Recipe:
 
     ``corpus`` names a folder of data/ that is prepared when it is missing, and that every stage takes (conf/corpus/);
     ``data`` what is made of it on the way; ``tasks`` says which of its sources holds which held-out tasks, {source:
-    [task]}; ``bars`` are printed beside the figures of these names.
+    [task]}; ``bars`` are printed beside the figures of these names. Held-out losses of
+    the stages after ``baseline`` are printed as changes from that stage too.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Recipe:
     data: dict[str, MadeData] = field(default_factory=dict)
     tasks: dict[str, list[str]] = field(default_factory=dict)
     bars: dict[str, float] = field(default_factory=dict)
+    baseline: str = ""
 
     def stage(self, name: str) -> RecipeStage:
         for stage in self.stages:
@@ -144,6 +146,8 @@ def load_recipe(path: Path) -> Recipe:
         recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe '{path}': {configuration.explain(error)}") from error
+    if recipe.baseline:
+        recipe.stage(recipe.baseline)
     before: list[str] = []
     for stage in recipe.stages:
         if stage.stage not in (known := configuration.available()):

@@ -175,12 +175,12 @@ def run(path: Path, overrides: list[str]) -> int:
         status = make_data(recipe, stage, config, run_dir, roots, own) or start_stage(config, [stage.stage, *own])
         if status:
             return status
-        print(stage_line(load_results(run_dir), stage.stage), flush=True)
+        print(stage_line(load_results(run_dir), stage.stage, recipe.baseline), flush=True)
         status = evaluate_stage(path, stage, config, run_dir, extra)
         if status:
             return status
-    print(render_table(load_results(run_dir), recipe.bars))
-    print(f"report: {write_report(run_dir, recipe.bars)}")
+    print(render_table(load_results(run_dir), recipe.bars, recipe.baseline))
+    print(f"report: {write_report(run_dir, recipe.bars, recipe.baseline)}")
     return 0
 
 
@@ -240,10 +240,19 @@ def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: P
     return status
 
 
-def stage_line(results: dict[str, Any], name: str) -> str:
-    """One line on a finished stage: tokens, time, and its held-out losses in nats."""
+def stage_line(results: dict[str, Any], name: str, baseline: str = "") -> str:
+    """One line on a finished stage: tokens, time, and its held-out losses in nats, with their change since the stage
+    ``baseline``."""
+    from omni_train.reporting.formatting import format_change
+    from omni_train.reporting.results import loss_changes
+
     stage = next((stage for stage in results["stages"] if stage["name"] == name), None)
     if stage is None:
         return f"  {name}: no results"
-    losses = " ".join(f"{key} {value:.3f}" for key, value in stage["loss"].items())
-    return f"  {name}: {stage['tokens']:,} tokens in {stage['seconds']:.0f} s; held-out loss {losses}"
+    changes = {
+        key: f" ({format_change(value)})"
+        for key, value in loss_changes(results["stages"], baseline).get(name, {}).items()
+    }
+    losses = " ".join(f"{key} {value:.3f}{changes.get(key, '')}" for key, value in stage["loss"].items())
+    since = f", change since {baseline}" if changes else ""
+    return f"  {name}: {stage['tokens']:,} tokens in {stage['seconds']:.0f} s; held-out loss{since}: {losses}"

@@ -47,6 +47,13 @@ def format_value(value: object) -> str:
     return f"{value:.3g}" if abs(value) < 1e-3 else format_count(value)
 
 
+def format_change(fraction: float | None) -> str:
+    """A relative change in percent with its sign: +4.6 %, −0.3 %; – for nothing."""
+    if fraction is None or not math.isfinite(fraction):
+        return MISSING
+    return f"{fraction:+.1%}".replace("-", "−").replace("%", " %")
+
+
 def sort_modalities(names: set[str]) -> list[str]:
     """The names in the order of the sample contract, then what is not a modality (codebooks, rewards) by name."""
     known = [name for name in MODALITY_ORDER if name in names]

@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from omni_train.reporting.charts import Series, line_chart
-from omni_train.reporting.formatting import MISSING, format_count, format_duration, format_value, sort_modalities
+from omni_train.reporting.formatting import (
+    MISSING,
+    format_change,
+    format_count,
+    format_duration,
+    format_value,
+    sort_modalities,
+)
 from omni_train.reporting.metrics import METRICS_FILE, read_metrics
-from omni_train.reporting.results import capability_rows, is_lower_better, load_results, loss_columns
+from omni_train.reporting.results import capability_rows, is_lower_better, load_results, loss_changes, loss_columns
 from omni_train.reporting.style import STYLE
 
 REPORT_FILE = "report.html"
@@ -41,8 +48,9 @@ OWN_CHART = ("loss/router",)
 NOT_CHARTED = ("step", "tokens", "seconds")
 
 
-def write_report(run_dir: Path, bars: dict[str, float] | None = None) -> Path:
-    """Writes ``<run_dir>/report.html`` and returns its path; ``bars`` are the recipe's bars by capability name.
+def write_report(run_dir: Path, bars: dict[str, float] | None = None, baseline: str = "") -> Path:
+    """Writes ``<run_dir>/report.html`` and returns its path; ``bars`` are the recipe's bars by capability name,
+    ``baseline`` its stage that later held-out losses are compared with.
 
     ``run_dir`` is the folder of a whole run, or of a single stage. Raises ValueError where it does not exist.
     """
@@ -57,6 +65,7 @@ def write_report(run_dir: Path, bars: dict[str, float] | None = None) -> Path:
         f"<header><h1>{escape(name)}</h1>{_summary(results)}<nav>{links}</nav></header>",
         _capabilities(results, bars or {}),
         _stage_table(results["stages"]),
+        _change_table(results["stages"], baseline),
         *(_stage_section(path) for path in stages),
         _environment(results["environment"]),
     ]
@@ -173,6 +182,19 @@ def _stage_table(stages: list[dict[str, Any]]) -> str:
         )
     header = ["stage", "tokens", "time", "tokens/s", *(f"loss {modality}" for modality in modalities)]
     return f"<h2>Stages</h2>{_table(header, rows)}"
+
+
+def _change_table(stages: list[dict[str, Any]], baseline: str) -> str:
+    changes = loss_changes(stages, baseline)
+    if not changes:
+        return ""
+    sources = sort_modalities({source for change in changes.values() for source in change})
+    rows = [
+        [f'<a href="#{escape(name)}">{escape(name)}</a>', *(format_change(change.get(source)) for source in sources)]
+        for name, change in changes.items()
+    ]
+    note = f'<p class="soft">Held-out loss, above (+) or below (−) that after {escape(baseline)}.</p>'
+    return f"<h2>Against {escape(baseline)}</h2>{note}{_table(['stage', *sources], rows)}"
 
 
 def _stage_section(folder: Path) -> str:

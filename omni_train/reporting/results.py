@@ -23,7 +23,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from omni_train.reporting.formatting import MISSING, format_count, format_duration, format_value, sort_modalities
+from omni_train.reporting.formatting import (
+    MISSING,
+    format_change,
+    format_count,
+    format_duration,
+    format_value,
+    sort_modalities,
+)
 from omni_train.reporting.metrics import decode_json, encode_json
 
 RESULTS_FILE = "results.json"
@@ -97,9 +104,9 @@ def describe_environment() -> dict[str, Any]:
     return environment | installed | {"git_commit": _git_commit()}
 
 
-def render_table(results: dict[str, Any], bars: dict[str, float] | None) -> str:
-    """Plain text: a row a stage; a row a held-out source with its loss after each stage; a row a capability beside its
-    control, its bar and whether it passed.
+def render_table(results: dict[str, Any], bars: dict[str, float] | None, baseline: str = "") -> str:
+    """Plain text: a row a stage; a row a held-out source with its loss after each stage, then with its change since the
+    stage ``baseline``; a row a capability beside its control, its bar and whether it passed.
 
     Stages and capabilities keep the order of the results, sources a fixed one; – for what is missing.
     """
@@ -107,6 +114,8 @@ def render_table(results: dict[str, Any], bars: dict[str, float] | None) -> str:
     console.print(_stage_table(results["stages"]))
     for table in _loss_tables([stage for stage in results["stages"] if stage.get("loss")]):
         console.print(table)
+    if changes := loss_changes(results["stages"], baseline):
+        console.print(_change_table(results["stages"], baseline, changes))
     if results["capabilities"] or bars:
         console.print(_capability_table(results, bars or {}))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -151,8 +160,27 @@ def loss_columns(stages: list[dict[str, Any]]) -> list[str]:
     return sort_modalities({name for stage in stages for name in stage.get("loss") or {}})
 
 
+def loss_changes(stages: list[dict[str, Any]], baseline: str) -> dict[str, dict[str, float]]:
+    """{stage: {source: fraction}} for the stages after ``baseline``: by how much a held-out loss lies above (+) or
+    below (−) that of the baseline. Stages without a source in common are left out; empty without the baseline."""
+    names = [stage["name"] for stage in stages]
+    if baseline not in names:
+        return {}
+    start = names.index(baseline)
+    base = {name: loss for name, loss in (stages[start].get("loss") or {}).items() if loss}
+    found = {
+        stage["name"]: {name: loss / base[name] - 1 for name, loss in (stage.get("loss") or {}).items() if name in base}
+        for stage in stages[start + 1 :]
+    }
+    return {name: changes for name, changes in found.items() if changes}
+
+
+def _new_table(title: str) -> Table:
+    return Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, min_width=len(title))
+
+
 def _stage_table(stages: list[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title="Stages", title_justify="left", pad_edge=False)
+    table = _new_table("Stages")
     table.add_column("stage", no_wrap=True)
     for header in ("tokens", "time", "tokens/s"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -163,26 +191,32 @@ def _stage_table(stages: list[dict[str, Any]]) -> Table:
 
 
 def _loss_tables(stages: list[dict[str, Any]]) -> Iterator[Table]:
-    """A table for every LOSS_COLUMNS stages; from the second on with the newest loss of the stages before."""
-    before: dict[str, float] = {}
+    """A table for every LOSS_COLUMNS stages."""
     for start in range(0, len(stages), LOSS_COLUMNS):
         part = stages[start : start + LOSS_COLUMNS]
-        names = loss_columns(part)
-        if has_before := any(name in before for name in names):
-            part = [{"name": "before", "loss": before}, *part]
-        table = Table(box=SIMPLE_HEAD, title="Held-out loss, nats a token", title_justify="left", pad_edge=False)
+        table = _new_table("Held-out loss, nats a token")
         table.add_column("source", no_wrap=True)
         for stage in part:
             table.add_column(stage["name"].replace("_", "\n", 1), justify="right", no_wrap=True)
-        for name in names:
+        for name in loss_columns(part):
             table.add_row(name, *(format_value(stage["loss"].get(name)) for stage in part))
         yield table
-        for stage in part[int(has_before) :]:
-            before = before | stage["loss"]
+
+
+def _change_table(stages: list[dict[str, Any]], baseline: str, changes: dict[str, dict[str, float]]) -> Table:
+    table = _new_table(f"Held-out loss against {baseline}")
+    base = next(stage["loss"] for stage in stages if stage["name"] == baseline)
+    table.add_column("source", no_wrap=True)
+    for name in (baseline, *changes):
+        table.add_column(name.replace("_", "\n", 1), justify="right", no_wrap=True)
+    for source in sort_modalities({source for change in changes.values() for source in change}):
+        row = (format_change(change.get(source)) for change in changes.values())
+        table.add_row(source, format_value(base[source]), *row)
+    return table
 
 
 def _capability_table(results: dict[str, Any], bars: dict[str, float]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title="Capabilities", title_justify="left", pad_edge=False)
+    table = _new_table("Capabilities")
     table.add_column("capability", no_wrap=True)
     for header in ("value", "control", "bar"):
         table.add_column(header, justify="right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,9 +109,12 @@ def test_checking_a_configuration_needs_no_heavy_import() -> None:
 
 
 def test_report_passes_the_bars_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    seen = {}
-    monkeypatch.setattr(
-        "omni_train.reporting.report.write_report", lambda run_dir, bars=None: seen.update(bars=bars) or run_dir
-    )
+    seen: dict[str, Any] = {}
+
+    def write_report(run_dir: Path, bars: dict[str, float], baseline: str) -> Path:
+        seen.update(bars=bars, baseline=baseline)
+        return run_dir
+
+    monkeypatch.setattr("omni_train.reporting.report.write_report", write_report)
     assert cli.main(["report", str(tmp_path), "--recipe", "recipes/tiny.yaml"]) == 0
-    assert seen["bars"]["spoken_word_exact"] == 0.95
+    assert seen["bars"]["spoken_word_exact"] == 0.95 and seen["baseline"] == "s3_long_context"

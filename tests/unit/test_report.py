@@ -68,12 +68,23 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
     make_stage(run, "s2_general", 5)
     make_stage(run, "s1_adapters", 50)
     add_stage(run, {"name": "s1_adapters", "tokens": 50_000, "seconds": 100, "loss": {"audio": 2.0, "text": math.nan}})
+    add_stage(run, {"name": "s2_general", "tokens": 5_000, "seconds": 10, "loss": {"audio": 1.9}})
     add_capabilities(run, {"asr_wer": 0.125}, {"asr_wer": 0.97})
-    page = Checker(write_report(run, {"asr_wer": 0.1}).read_text(encoding="utf-8"))
+    page = Checker(write_report(run, {"asr_wer": 0.1}, "s1_adapters").read_text(encoding="utf-8"))
     text = " ".join(page.text)
     assert page.resources == [] and not re.search(r"url\(|@import", text)
     assert page.ids == ["s1_adapters", "s2_general"] and set(page.anchors) == set(page.ids)
-    for part in ("quick<start", "asr_wer", "0.125", "0.970", "≤ 0.100", "FAIL", "<script>alert(1)</script>", "75.0 %"):
+    for part in (
+        "quick<start",
+        "asr_wer",
+        "0.125",
+        "0.970",
+        "≤ 0.100",
+        "FAIL",
+        "<script>alert(1)</script>",
+        "75.0 %",
+        "−5.0 %",
+    ):
         assert part in text
     assert '{"event": "added", "source": "video"}' in text and '{"tor' not in text
     assert sorted(path.name for path in run.iterdir()) == ["report.html", "results.json", "s1_adapters", "s2_general"]

@@ -12,6 +12,7 @@ from omni_train.reporting.results import (
     add_stage,
     capability_rows,
     load_results,
+    loss_changes,
     meets_bar,
     render_table,
 )
@@ -104,14 +105,36 @@ def test_the_table_has_its_columns_in_a_fixed_order():
     assert "Capabilities" not in render_table(results | {"capabilities": {}}, None)
 
 
-def test_many_stages_have_several_tables_with_the_losses_before(tmp_path):
-    """The thinker's seven stages, then speech and post-training: each beside what the source had before."""
+def test_many_stages_have_several_tables():
+    """The thinker's seven stages, then speech and post-training."""
     stages = [{"name": f"stage_{n}", "loss": {"text": 5.0 - n}} for n in range(7)]
     stages += [{"name": "codec", "loss": {"talk": 0.5}}, {"name": "thinker_sft", "loss": {"text": -1.5, "chat": 2.0}}]
     text = render_table({"stages": stages, "capabilities": {}, "controls": {}}, None)
     _, first, second = text.split("Held-out loss, nats a token\n")
-    assert "before" not in first and first.count("stage") == 7
+    assert first.count("stage") == 7
     rows = {line.split()[0]: line.split()[1:] for line in second.splitlines() if line.strip() and "─" not in line}
-    assert rows["source"] == ["before", "codec", "sft"]
-    assert rows["text"] == ["-1.000", "–", "-1.500"] and rows["talk"] == ["–", "0.500", "–"]
-    assert rows["chat"] == ["–", "–", "2.000"]
+    assert rows["source"] == ["codec", "sft"]
+    assert rows["text"] == ["–", "-1.500"] and rows["talk"] == ["0.500", "–"]
+    assert rows["chat"] == ["–", "2.000"]
+
+
+def test_later_stages_are_compared_with_the_baseline():
+    """Every stage after it that shares a source; not the one before, nor speech, nor a new source."""
+    stages = [
+        {"name": "s2", "loss": {"text": 9.0}},
+        {"name": "s3", "loss": {"video": 0.25, "text": 4.0, "silent": 0.0}},
+        {"name": "talker", "loss": {"talk": 1.0}},
+        {"name": "thinker_sft", "loss": {"chat": 1.0, "text": 3.8, "video": 0.2625, "silent": 1.0}},
+        {"name": "thinker_gspo", "loss": {"text": 4.0}},
+    ]
+    changes = loss_changes(stages, "s3")
+    assert list(changes) == ["thinker_sft", "thinker_gspo"]
+    assert changes["thinker_sft"] == pytest.approx({"text": -0.05, "video": 0.05})
+    assert loss_changes(stages, "") == loss_changes(stages, "s4") == {}
+    results = {"stages": stages, "capabilities": {}, "controls": {}}
+    table = render_table(results, None, "s3").split("Held-out loss against s3\n")[1]
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.strip() and "─" not in line}
+    assert rows["source"] == ["s3", "sft", "gspo"]
+    assert rows["text"] == ["4.000", "−5.0", "%", "+0.0", "%"] and rows["video"] == ["0.250", "+5.0", "%", "–"]
+    assert set(rows) == {"thinker", "source", "text", "video"}
+    assert "against" not in render_table(results, None)

@@ -231,7 +231,10 @@ def test_a_stage_is_started_on_its_ranks_and_its_status_returned(
 
 def test_stage_line_is_one_compact_line() -> None:
     stage = {"name": "s2", "tokens": 12_345, "seconds": 67.8, "loss": {"text": 1.23456, "audio": 0.5}}
-    assert stage_line({"stages": [stage]}, "s2") == "  s2: 12,345 tokens in 68 s; held-out loss text 1.235 audio 0.500"
+    assert stage_line({"stages": [stage]}, "s2") == "  s2: 12,345 tokens in 68 s; held-out loss: text 1.235 audio 0.500"
+    later = {"name": "s3", "tokens": 1, "seconds": 1.0, "loss": {"text": 1.2, "chat": 2.0}}
+    line = stage_line({"stages": [stage, later]}, "s3", baseline="s2")
+    assert line.endswith("held-out loss, change since s2: text 1.200 (−2.8 %) chat 2.000")
 
 
 def test_a_run_folder_is_held_by_one_command_at_a_time(tmp_path: Path) -> None:
