@@ -90,8 +90,8 @@ class Recipe:
 
     ``corpus`` names a folder of data/ that is prepared when it is missing, and that every stage takes (conf/corpus/);
     ``data`` what is made of it on the way; ``tasks`` says which of its sources holds which held-out tasks, {source:
-    [task]}; ``bars`` are printed beside the figures of these names. Held-out losses of
-    the stages after ``baseline`` are printed as changes from that stage too.
+    [task]}; ``bars`` are printed beside the figures of these names; held-out losses of the
+    stages after ``baseline`` as changes since that stage too.
     """
 
     name: str
@@ -146,8 +146,11 @@ def load_recipe(path: Path) -> Recipe:
         recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe '{path}': {configuration.explain(error)}") from error
-    if recipe.baseline:
-        recipe.stage(recipe.baseline)
+    names = [stage.stage for stage in recipe.stages]
+    if recipe.baseline and recipe.baseline not in names:
+        raise ConfigError(
+            f"recipe '{path}': baseline '{recipe.baseline}' is none of its stages; {nearest(recipe.baseline, names)}"
+        )
     before: list[str] = []
     for stage in recipe.stages:
         if stage.stage not in (known := configuration.available()):

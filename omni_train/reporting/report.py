@@ -17,16 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from omni_train.reporting.charts import Series, line_chart
-from omni_train.reporting.formatting import (
-    MISSING,
-    format_change,
-    format_count,
-    format_duration,
-    format_value,
-    sort_modalities,
-)
+from omni_train.reporting.formatting import MISSING, format_count, format_duration, format_value, sort_modalities
 from omni_train.reporting.metrics import METRICS_FILE, read_metrics
-from omni_train.reporting.results import capability_rows, is_lower_better, load_results, loss_changes, loss_columns
+from omni_train.reporting.results import capability_rows, change_rows, is_lower_better, load_results, loss_columns
 from omni_train.reporting.style import STYLE
 
 REPORT_FILE = "report.html"
@@ -185,16 +178,12 @@ def _stage_table(stages: list[dict[str, Any]]) -> str:
 
 
 def _change_table(stages: list[dict[str, Any]], baseline: str) -> str:
-    changes = loss_changes(stages, baseline)
-    if not changes:
+    rows = change_rows(stages, baseline)
+    if not rows:
         return ""
-    sources = sort_modalities({source for change in changes.values() for source in change})
-    rows = [
-        [f'<a href="#{escape(name)}">{escape(name)}</a>', *(format_change(change.get(source)) for source in sources)]
-        for name, change in changes.items()
-    ]
     note = f'<p class="soft">Held-out loss, above (+) or below (−) that after {escape(baseline)}.</p>'
-    return f"<h2>Against {escape(baseline)}</h2>{note}{_table(['stage', *sources], rows)}"
+    cells = [[escape(cell) for cell in row] for row in rows[1:]]
+    return f"<h2>Against {escape(baseline)}</h2>{note}{_table(rows[0], cells)}"
 
 
 def _stage_section(folder: Path) -> str:

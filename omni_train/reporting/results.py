@@ -114,8 +114,8 @@ def render_table(results: dict[str, Any], bars: dict[str, float] | None, baselin
     console.print(_stage_table(results["stages"]))
     for table in _loss_tables([stage for stage in results["stages"] if stage.get("loss")]):
         console.print(table)
-    if changes := loss_changes(results["stages"], baseline):
-        console.print(_change_table(results["stages"], baseline, changes))
+    if rows := change_rows(results["stages"], baseline):
+        console.print(_change_table(baseline, rows))
     if results["capabilities"] or bars:
         console.print(_capability_table(results, bars or {}))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -175,6 +175,18 @@ def loss_changes(stages: list[dict[str, Any]], baseline: str) -> dict[str, dict[
     return {name: changes for name, changes in found.items() if changes}
 
 
+def change_rows(stages: list[dict[str, Any]], baseline: str) -> list[list[str]]:
+    """The cells of the comparison with ``baseline``: a header (source, baseline, later stages), then a row a source:
+    its loss there in nats a token and its later changes. Empty where there is nothing to compare."""
+    changes = loss_changes(stages, baseline)
+    base: dict[str, float] = next((stage["loss"] for stage in stages if stage["name"] == baseline), {})
+    rows = [
+        [source, format_value(base[source]), *(format_change(change.get(source)) for change in changes.values())]
+        for source in loss_columns([{"loss": change} for change in changes.values()])
+    ]
+    return [["source", baseline, *changes], *rows] if rows else []
+
+
 def _new_table(title: str) -> Table:
     return Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, min_width=len(title))
 
@@ -203,15 +215,13 @@ def _loss_tables(stages: list[dict[str, Any]]) -> Iterator[Table]:
         yield table
 
 
-def _change_table(stages: list[dict[str, Any]], baseline: str, changes: dict[str, dict[str, float]]) -> Table:
+def _change_table(baseline: str, rows: list[list[str]]) -> Table:
     table = _new_table(f"Held-out loss against {baseline}")
-    base = next(stage["loss"] for stage in stages if stage["name"] == baseline)
     table.add_column("source", no_wrap=True)
-    for name in (baseline, *changes):
+    for name in rows[0][1:]:
         table.add_column(name.replace("_", "\n", 1), justify="right", no_wrap=True)
-    for source in sort_modalities({source for change in changes.values() for source in change}):
-        row = (format_change(change.get(source)) for change in changes.values())
-        table.add_row(source, format_value(base[source]), *row)
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
 
 

@@ -15,7 +15,7 @@ from omni_train.config import ConfigError, Control, RunConfig, load, to_dict
 from omni_train.evaluation.capabilities import Answers
 from omni_train.measure import job_of_export, jobs_of_run, measure
 from omni_train.recipe import load_recipe, stage_overrides
-from omni_train.reporting.results import load_results
+from omni_train.reporting.results import add_stage, load_results
 from omni_train.run import check_unchanged, stage_line, start_stage
 
 
@@ -70,6 +70,7 @@ def test_a_recipe_hands_each_stage_the_exports_it_names(tmp_path: Path) -> None:
         ("- {tasks: [spoken_word]}", "- {tasks: [spoken_wrd]}", ["no task 'spoken_wrd'", "did you mean 'spoken_word'"]),
         ("of: text_pretrain", "of: text_pretrian", ["s2_general.evaluate", "'text_pretrian'", "'text_pretrain'"]),
         ("name: before", "name: before, by_lang: true", ["recipe.yaml", "s2_general.evaluate.by_lang", "'before'"]),
+        ("name: two", "name: two\nbaseline: s2_generl", ["recipe.yaml", "baseline 's2_generl'", "mean 's2_general'"]),
         ("name: before", "max_new_tokens: 0", ["recipe.yaml", "evaluate.max_new_tokens (0)", "for 24"]),
     ],
 )
@@ -235,6 +236,20 @@ def test_stage_line_is_one_compact_line() -> None:
     later = {"name": "s3", "tokens": 1, "seconds": 1.0, "loss": {"text": 1.2, "chat": 2.0}}
     line = stage_line({"stages": [stage, later]}, "s3", baseline="s2")
     assert line.endswith("held-out loss, change since s2: text 1.200 (−2.8 %) chat 2.000")
+
+
+def test_a_recipe_prints_later_losses_beside_its_baseline(tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in ("check_inputs", "start_stage", "evaluate_stage"):
+        monkeypatch.setattr(running, name, lambda *_: 0)
+    run_dir = tmp_path / "run"
+    add_stage(run_dir, {"name": "text_pretrain", "tokens": 1, "seconds": 1.0, "loss": {"text": 4.0}})
+    add_stage(run_dir, {"name": "s2_general", "tokens": 1, "seconds": 1.0, "loss": {"text": 5.0}})
+    recipe = write_recipe(tmp_path, TWO_STAGES + "baseline: text_pretrain\n")
+    assert running.run(recipe, [f"run_dir={run_dir}"]) == 0
+    printed = capsys.readouterr().out
+    assert "change since text_pretrain: text 5.000 (+25.0 %)" in printed
+    assert "Held-out loss against text_pretrain" in printed
+    assert "+25.0 %" in (run_dir / "report.html").read_text()
 
 
 def test_a_run_folder_is_held_by_one_command_at_a_time(tmp_path: Path) -> None:
