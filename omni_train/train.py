@@ -37,7 +37,7 @@ from omni_train.objectives.terms import Losses
 from omni_train.reporting.metrics import MetricsWriter
 from omni_train.reporting.progress import Progress
 from omni_train.reporting.results import add_stage
-from omni_train.stage import build_stage
+from omni_train.stage import build_stage, origin
 from omni_train.stage.post_training import packs_a_step
 
 
@@ -383,7 +383,8 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
             print(f"  {name}: {source['left_out']:,} {what}", flush=True)
     for line in trainer.stage.inventory:
         state = f"lr {line.lr:g}" if line.is_trained else "frozen"
-        print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state}", flush=True)
+        where = origin(config, line.component)
+        print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state:<9}{where}".rstrip(), flush=True)
 
 
 def environment() -> dict[str, str]:

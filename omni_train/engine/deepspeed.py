@@ -11,7 +11,8 @@ from torch import nn
 from omni_train.config import ComponentConfig, EngineConfig, Precision, StageConfig
 from omni_train.models.components import parameter_groups
 
-MAX_BUCKET_NUMBERS = 500_000_000  # DeepSpeed's own size
+BUCKET_NUMBERS = {"cuda": 500_000_000, "cpu": 1_000_000}
+"""Largest bucket of gradients, in numbers: DeepSpeed's own size; on CPU one that a processor's cache holds."""
 MOE_LAYERS = r"((llm|talker)\.)?model\.layers\.\d+\.mlp"
 
 
@@ -57,7 +58,7 @@ def deepspeed_config(
         # overlap_comm needs streams; on CPU it only adds copies.
         config["zero_optimization"] |= {"overlap_comm": engine.device == "cuda", "contiguous_gradients": True}
         # A buffer of this size is made at every backward.
-        config["zero_optimization"]["reduce_bucket_size"] = min(num_trained, MAX_BUCKET_NUMBERS)
+        config["zero_optimization"]["reduce_bucket_size"] = min(num_trained, BUCKET_NUMBERS[engine.device])
         config["gradient_clipping"] = stage.grad_clip
         config["optimizer"] = {
             "type": "AdamW",
@@ -77,6 +78,7 @@ def build_engine(
 ):
     """A DeepSpeed engine that trains ``components`` of ``module``; or, without, the frozen module, its experts sharded.
 
+    AutoEP takes the experts over where they are to be sharded; else they stay those of transformers.
     NOTE: a frozen module is called directly: its engine's forward would refuse the backward that flows through it.
     """
     import deepspeed
@@ -87,7 +89,7 @@ def build_engine(
         engine,
         stage,
         num_trained=sum(p.numel() for p in module.parameters() if p.requires_grad) if components else 0,
-        moe=module.config if has_experts(module) else None,
+        moe=module.config if engine.expert_parallel > 1 and has_experts(module) else None,
         micro_batches=micro_batches,
     )
     if components is None:

@@ -30,7 +30,7 @@ from omni_train.config import (
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
 from omni_train.models.build import build_omni, build_thinker, thinker_config
 from omni_train.models.components import component_of
-from omni_train.models.weights import canonical, codebooks, load_components, yarn_factor_of
+from omni_train.models.weights import canonical, codebooks, load_components, wave_head_of, yarn_factor_of
 
 
 def gathered(parameter: nn.Parameter):
@@ -233,11 +233,9 @@ def write_omni(
 
 
 def _check_stock_voice(code2wav: Path) -> None:
-    path = code2wav / "config.json"
-    written = json.loads(path.read_text()) if path.is_file() else {}
-    head = written.get("model", {}).get("code2wav", {}).get("head", WaveHead.conv.name)
-    if head != WaveHead.conv.name:
+    head = wave_head_of(code2wav)
+    if head is not WaveHead.conv:
         raise ConfigError(
-            f"init.code2wav: '{code2wav}' has the head '{head}', which stock transformers does not have; train one "
-            "with model.code2wav.head=conv on the same codec (recipes/tiny_stock_voice.yaml does) and give its export"
+            f"init.code2wav: '{code2wav}' has the head '{head.name}', which stock transformers does not have; train "
+            "one with model.code2wav.head=conv on the same codec (recipes/tiny_stock_voice.yaml does), give its export"
         )

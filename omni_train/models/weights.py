@@ -14,12 +14,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Qwen3OmniMoeThinkerConfig
 
-from omni_train.config import THINKER_COMPONENTS, ConfigError
+from omni_train.config import THINKER_COMPONENTS, ConfigError, WaveHead
 from omni_train.models.build import build_thinker
 from omni_train.models.components import component_of
 from omni_train.models.thinker import Thinker, compose
 
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+WAVE_HEAD = "code2wav.decoder."
 VOCABULARY = re.compile(r"model\.(language_model\.)?embed_tokens\.weight$|lm_head\.weight$")
 
 
@@ -62,8 +63,10 @@ class WeightFolder:
 
 
 @torch.no_grad()
-def load_components(module: nn.Module, folder: Path, components: set[str]) -> set[str]:
+def load_components(module: nn.Module, folder: Path, components: set[str], leave_out: str | None = None) -> set[str]:
     """Copy these components' weights from ``folder`` into ``module`` and return which of them the module has.
+
+    Names that begin with ``leave_out`` stay as initialised.
 
     A folder with a smaller vocabulary (Qwen3's 151,936 of Qwen3-Omni's 152,064) fills the first rows of embedding and
     head; the others stay as initialised. Raises ConfigError naming a tensor that is missing or has another shape.
@@ -74,6 +77,8 @@ def load_components(module: nn.Module, folder: Path, components: set[str]) -> se
         if component not in components:
             continue
         found.add(component)
+        if leave_out and name.startswith(leave_out):
+            continue
         tensor = weights.read(canonical(name))
         if tensor is None and name.endswith("lm_head.weight"):
             tensor = weights.read("model.embed_tokens.weight")  # tied in that folder
@@ -108,6 +113,13 @@ def _hint(folder: Path) -> str:
     config = Path(folder) / "config.json"
     kind = json.loads(config.read_text()).get("model_type", "unknown") if config.exists() else "without a config.json"
     return f"it is a folder of model type '{kind}'"
+
+
+def wave_head_of(folder: Path) -> WaveHead:
+    """The head of an exported Code2Wav; stock's where the folder does not say."""
+    path = folder / "config.json"
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    return WaveHead[written.get("model", {}).get("code2wav", {}).get("head", WaveHead.conv.name)]
 
 
 def yarn_factor_of(folder: Path) -> float:

@@ -26,7 +26,7 @@ from omni_train.models.build import build_decoder, build_encoder
 from omni_train.models.code2wav import start_from_codebooks
 from omni_train.models.components import component_of, freeze_all_but
 from omni_train.models.encoder_decoder import EncoderDecoder
-from omni_train.models.weights import load_components
+from omni_train.models.weights import WAVE_HEAD, load_components, wave_head_of
 from omni_train.stage import post_training
 from omni_train.stage.codec import code2wav_stage, codec_modules, codec_stage
 from omni_train.stage.contract import Parts
@@ -74,15 +74,34 @@ def build_modules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def load_init(modules: dict[str, nn.Module], config: RunConfig) -> None:
-    """Load components from their folders; a component that no module of the stage has is an error."""
+    """Load components from their folders; a component that no module of the stage has is an error.
+
+    Of a Code2Wav with another head all but the head is taken.
+    """
     present = {component_of(name) for module in modules.values() for name, _ in module.named_parameters()}
     for name in config.init:
         if name not in ("teacher", "all") and not present & {name, *(THINKER_COMPONENTS if name == "thinker" else ())}:
             raise ConfigError(f"init.{name}: this stage has no such component; it has {', '.join(sorted(present))}")
     for component in present:
         folder = init_of(config.init, component)
-        for module in modules.values() if folder else ():
-            load_components(module, Path(str(folder)), {component})
+        if folder is None:
+            continue
+        leave_out = WAVE_HEAD if component == "code2wav" and has_other_head(config, folder) else None
+        for module in modules.values():
+            load_components(module, Path(folder), {component}, leave_out)
+
+
+def has_other_head(config: RunConfig, code2wav: str) -> bool:
+    """Whether an exported Code2Wav has another head than the preset."""
+    return wave_head_of(Path(code2wav)) is not config.model.code2wav.head
+
+
+def origin(config: RunConfig, component: str) -> str:
+    """Where a component's weights start, in words; nothing for fresh ones."""
+    folder = init_of(config.init, component)
+    if folder is None:
+        return ""
+    return f"  from {folder}" + (" but its head" if component == "code2wav" and has_other_head(config, folder) else "")
 
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, micro_batches: int) -> Stage:

@@ -5,7 +5,8 @@
 FOLDER is what `omni-train assemble` wrote; the questions are held-out phrases, each said by a voice that nothing was
 trained on: "what is said?". Stock's own `generate` answers, as it draws by default, with the named voice of the
 sample; the words of its wave are those that the recogniser of the run finds (RUN/recogniser.pt, trained on original
-voices alone). The corpus must be there (``make corpus``).
+voices alone), beside what was said in the question and beside what the model itself wrote. The corpus must be there
+(``make corpus``).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     print(f"python {platform.python_version()}, torch {torch.__version__}, one thread")
     print(f"loading: {({name: list(found) for name, found in loading.items() if found}) or 'nothing missing'}")
     samples = split_tasks(data, {"talker_asked": "talk_asked"}, "heldout")["talker_asked"][: options.items]
-    written, heard, started = [], [], time.perf_counter()
+    written, heard, of_its_own, started = [], [], [], time.perf_counter()
     for sample in samples:
         question, said = asked(sample)
         prompt, _ = data.encoder.prompt_and_answer(question)
@@ -75,12 +76,15 @@ def main() -> None:
         written.append((text, said))
         wave = wave.reshape(1, -1).float()
         wave = torch.nn.functional.pad(wave, (0, -wave.shape[1] % SAMPLES_PER_CODEC_FRAME))
-        heard.append((listener.snap(listener.hear(codec_mel(wave), [wave.shape[1]])[0]), said))
+        sound = listener.snap(listener.hear(codec_mel(wave), [wave.shape[1]])[0])
+        heard.append((sound, said))
+        of_its_own.append((sound, text or said))
     exact = sum(text == said for text, said in written) / len(written)
     print(f"{len(samples)} questions, {(time.perf_counter() - started) / len(samples):.2f} s each")
     print(f"text exact {exact:.3f}, words {word_accuracy(written):.3f}")
     control = word_accuracy(swapped(heard))
     print(f"words heard in the wave {word_accuracy(heard):.3f} (of another item: {control:.3f})")
+    print(f"words heard of those it wrote {word_accuracy(of_its_own):.3f}")
     for (text, said), (sound, _) in list(zip(written, heard, strict=True))[:4]:
         print(f"    '{said}': wrote '{text}', said '{sound}'")
 

@@ -9,9 +9,10 @@ import torch
 from support import micro_model
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeCode2Wav
 
-from omni_train.config import ModelConfig, WaveHead
+from omni_train.config import ModelConfig, WaveHead, load
 from omni_train.data.encode import collate
 from omni_train.data.speech import SpeechEncoder, document_of
+from omni_train.engine.export import write_parts
 from omni_train.models.build import code2wav_config
 from omni_train.models.code2wav import (
     LOOKAHEAD,
@@ -24,8 +25,10 @@ from omni_train.models.code2wav import (
     start_from_codebooks,
 )
 from omni_train.models.codec import ResidualQuantizer
+from omni_train.stage import build_modules, origin
 
 FRAME, WINDOW, NUM_FRAMES = 1920, 8, 27
+SMALL = ["model=tiny", "model.code2wav.hidden_size=32", "model.code2wav.intermediate_size=32"]
 
 
 def preset(head: WaveHead = WaveHead.conv) -> ModelConfig:
@@ -54,6 +57,22 @@ def test_it_is_stocks_module_with_stocks_names():
     stock.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(ours.decode(codes()), stock(codes())[:, 0])
+
+
+@pytest.mark.parametrize("head", list(WaveHead))
+def test_a_stage_with_another_head_starts_from_all_but_the_head(head, tmp_path):
+    other = next(each for each in WaveHead if each is not head)
+    source = load("code2wav", [*SMALL, f"model.code2wav.head={other.name}"])
+    trained = build_code2wav(source.model, seed=1)
+    write_parts(dict(trained.named_parameters()), source, tmp_path)
+    for kind, says in ((head, f"  from {tmp_path} but its head"), (other, f"  from {tmp_path}")):
+        config = load("code2wav", [*SMALL, f"model.code2wav.head={kind.name}", f"+init.code2wav={tmp_path}"])
+        fresh = dict(build_code2wav(config.model, seed=config.seed).named_parameters())
+        started = build_modules(config, None)["code2wav"]
+        for name, parameter in started.named_parameters():
+            is_taken = kind is other or not name.startswith("code2wav.decoder.")
+            assert parameter.equal(trained.get_parameter(name) if is_taken else fresh[name])
+        assert origin(config, "code2wav") == says and origin(config, "codec_encoder") == ""
 
 
 @pytest.mark.parametrize("head", list(WaveHead))
