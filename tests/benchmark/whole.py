@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from rollout import stock_inputs
 from transformers import AutoTokenizer, Qwen3OmniMoeForConditionalGeneration
+from transformers.generation import EosTokenCriteria
 
 from omni_train import config as configuration
 from omni_train.data.codes import speech_member
@@ -66,7 +67,10 @@ def main() -> None:
         question, said = asked(sample)
         prompt, _ = data.encoder.prompt_and_answer(question)
         inputs = stock_inputs([prompt], ids.endoftext)
-        stops = {"thinker_eos_token_id": ids.im_end, "thinker_pad_token_id": ids.endoftext}
+        # NOTE: stock counts a reply's tokens from its third and puts the end of the text where it finds the end of
+        # sequence. The tokenizer of a small corpus cuts "assistant" in pieces, so that the last words would be lost.
+        stops = {"thinker_eos_token_id": None, "thinker_stopping_criteria": [EosTokenCriteria(ids.im_end)]}
+        stops["thinker_pad_token_id"] = ids.endoftext
         drawn = {"talker_temperature": options.temperature}
         if options.temperature == 0:
             drawn = {"talker_do_sample": False, "talker_repetition_penalty": 1.0}
