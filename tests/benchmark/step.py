@@ -2,13 +2,13 @@
 
     PYTHONPATH=. python tests/benchmark/step.py [--stage s2_general] [--steps 20] [--rounds 3] [overrides ...]
     PYTHONPATH=. python tests/benchmark/step.py --stage s3_long_context ~mixture.long_video ~validation.long_video
-    PYTHONPATH=. python tests/benchmark/step.py --stage thinker_sft --peer SFTTrainer [overrides ...]
+    PYTHONPATH=. python tests/benchmark/step.py --stage thinker_sft --peer SFTTrainer ~mixture.long_video ...
     PYTHONPATH=. python tests/benchmark/step.py --ranks 2 [overrides ...]
 
 All three read, decode and train on the same documents in the same order: ours and the bare loop as packs, Trainer as
 one padded batch of a step's documents. They take turns, a few steps each, so that what else runs on the machine falls
 on all; what is printed are ratios of useful tokens (padding does not count) a second. ``--ranks 2`` instead compares
-one rank with two ranks and expert parallelism 2 on the same plan. S3's documents differ most in length; without its
+one rank with two ranks and expert parallelism 2 on the same plan. S3's documents differ most in length. Both without
 films, whose positions stock does not find in a padded batch. The corpus must be there (``make corpus``).
 """
 
