@@ -44,7 +44,7 @@ from omni_train.models.weights import load_components
 from omni_train.rollout.speak import GREEDY, MTP_SAMPLING, Sampling, Utterance, media_states, speak
 
 BATCH_UTTERANCES = 48
-ROUNDS = 8
+ROUNDS = 6
 TIMES_AS_LONG = 4
 """A reply that goes on for so many times the longest original beside it is cut."""
 
