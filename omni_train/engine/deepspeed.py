@@ -78,7 +78,6 @@ def build_engine(
 ):
     """A DeepSpeed engine that trains ``components`` of ``module``; or, without, the frozen module, its experts sharded.
 
-    AutoEP takes the experts over where they are to be sharded; else they stay those of transformers.
     NOTE: a frozen module is called directly: its engine's forward would refuse the backward that flows through it.
     """
     import deepspeed
@@ -89,7 +88,7 @@ def build_engine(
         engine,
         stage,
         num_trained=sum(p.numel() for p in module.parameters() if p.requires_grad) if components else 0,
-        moe=module.config if engine.expert_parallel > 1 and has_experts(module) else None,
+        moe=module.config if has_experts(module) else None,
         micro_batches=micro_batches,
     )
     if components is None:
