@@ -384,7 +384,7 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
     for line in trainer.stage.inventory:
         state = f"lr {line.lr:g}" if line.is_trained else "frozen"
         where = origin(config, line.component)
-        print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state:<9}{where}".rstrip(), flush=True)
+        print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state:<10} {where}".rstrip(), flush=True)
 
 
 def environment() -> dict[str, str]:

@@ -308,6 +308,7 @@ class Case:
     expert_parallel: int = 1
     zero_stage: int = 1
     recompute: bool = False
+    bucket_numbers: int = 0  # largest bucket of gradients; 0: as the engine says, which here is one for all
     shards_all: bool = False  # ZeRO-3 leaves parameters under 1e5 entries whole: here it would shard none
     mutation: str = ""
 
@@ -541,6 +542,8 @@ def run_case(ranks: Ranks, case: Case, folder: str, teacher: str = "") -> Trajec
     with contextlib.ExitStack() as stack:
         if case.mutation:
             stack.enter_context(MUTATIONS[case.mutation]())
+        if case.bucket_numbers:
+            stack.enter_context(mock.patch.dict(engine_module.BUCKET_NUMBERS, cpu=case.bucket_numbers))
         if case.shards_all:
             stack.enter_context(shard_all())
         micro_batches = len(packs_of_rank(case, config, ids, 0, ranks.rank))

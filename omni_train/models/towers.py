@@ -156,7 +156,11 @@ def patch_width(visual: nn.Module) -> int:
 
 
 class MediaTowers(nn.Module):
-    """Audio tower and vision encoder with their adapters. Both run in every forward, on a minimal dummy if need be."""
+    """Audio tower and vision encoder with their adapters.
+
+    Both run in every forward that ranks must do alike, on a minimal dummy if need be: one with gradients, or with
+    parameters that ZeRO-3 gathers.
+    """
 
     def __init__(self, audio_tower: nn.Module, visual: nn.Module) -> None:
         super().__init__()
@@ -164,25 +168,34 @@ class MediaTowers(nn.Module):
         self.visual = visual
 
     def forward(self, pack: Pack) -> MediaEmbeds:
-        device = pack.input_ids.device
-        has_audio, mel, lengths, windows = len(pack.mel_lengths) > 0, pack.mel, pack.mel_lengths, pack.audio_window_sec
-        if not has_audio:
-            mel = torch.zeros(self.audio_tower.num_mel_bins, 8, device=device)
-            lengths, windows = torch.tensor([8]), torch.tensor([1])
-        audio = adapt_audio(self.audio_tower, encode_audio(self.audio_tower, mel, lengths, windows))
-
-        pixels, grids = visual_inputs(pack)
-        has_vision = len(grids) > 0
-        if not has_vision:
-            merge = self.visual.spatial_merge_size
-            width = patch_width(self.visual)
-            grids = torch.tensor([[1, merge, merge]], device=device)
-            pixels = torch.zeros(merge * merge, width, device=device)
-        vision = encode_vision(self.visual, pixels, grids)
-        visual, deepstack = vision.pooler_output, list(vision.deepstack_features)
+        is_alike = torch.is_grad_enabled() or hasattr(self.audio_tower.proj2.weight, "ds_id")
+        has_audio = len(pack.mel_lengths) > 0
+        has_vision = len(pack.image_grid_thw) + len(pack.video_grid_thw) > 0
+        nothing = torch.zeros(0, self.visual.config.out_hidden_size, device=pack.input_ids.device)
+        nothings = [nothing] * len(self.visual.deepstack_visual_indexes)
+        audio = self._hear(pack) if has_audio or is_alike else nothing
+        visual, deepstack = self._see(pack) if has_vision or is_alike else (nothing, nothings)
         anchor = 0.0 * (audio.sum() + visual.sum() + sum(level.sum() for level in deepstack))
         if not has_audio:
-            audio = audio[:0]
+            audio = nothing
         if not has_vision:
-            visual, deepstack = visual[:0], [level[:0] for level in deepstack]
+            visual, deepstack = nothing, nothings
         return MediaEmbeds(audio, visual, deepstack, anchor)
+
+    def _hear(self, pack: Pack) -> Tensor:
+        """[A, H] of the clips of a pack, or of a dummy."""
+        mel, lengths, windows = pack.mel, pack.mel_lengths, pack.audio_window_sec
+        if len(lengths) == 0:
+            mel = torch.zeros(self.audio_tower.num_mel_bins, 8, device=pack.input_ids.device)
+            lengths, windows = torch.tensor([8]), torch.tensor([1])
+        return adapt_audio(self.audio_tower, encode_audio(self.audio_tower, mel, lengths, windows))
+
+    def _see(self, pack: Pack) -> tuple[Tensor, list[Tensor]]:
+        """([V, H], one [V, H] a DeepStack level) of the pictures and videos of a pack, or of a dummy."""
+        pixels, grids = visual_inputs(pack)
+        if len(grids) == 0:
+            merge = self.visual.spatial_merge_size
+            grids = torch.tensor([[1, merge, merge]], device=pixels.device)
+            pixels = torch.zeros(merge * merge, patch_width(self.visual), device=pixels.device)
+        vision = encode_vision(self.visual, pixels, grids)
+        return vision.pooler_output, list(vision.deepstack_features)

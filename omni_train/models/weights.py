@@ -116,10 +116,13 @@ def _hint(folder: Path) -> str:
 
 
 def wave_head_of(folder: Path) -> WaveHead:
-    """The head of an exported Code2Wav; stock's where the folder does not say."""
+    """The head of an exported Code2Wav; stock's where the folder does not say. ConfigError for an unknown one."""
     path = folder / "config.json"
     written = json.loads(path.read_text()) if path.is_file() else {}
-    return WaveHead[written.get("model", {}).get("code2wav", {}).get("head", WaveHead.conv.name)]
+    head = written.get("model", {}).get("code2wav", {}).get("head", WaveHead.conv.name)
+    if head not in WaveHead.__members__:
+        raise ConfigError(f"'{path}' names the head '{head}' of Code2Wav; known are {', '.join(WaveHead.__members__)}")
+    return WaveHead[head]
 
 
 def yarn_factor_of(folder: Path) -> float:

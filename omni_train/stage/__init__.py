@@ -101,7 +101,7 @@ def origin(config: RunConfig, component: str) -> str:
     folder = init_of(config.init, component)
     if folder is None:
         return ""
-    return f"  from {folder}" + (" but its head" if component == "code2wav" and has_other_head(config, folder) else "")
+    return f"from {folder}" + (" but its head" if component == "code2wav" and has_other_head(config, folder) else "")
 
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, micro_batches: int) -> Stage:

@@ -70,6 +70,7 @@ def test_the_cases_train():
         pytest.param(EP_2, id="EP 2"),
         pytest.param({**EP_2, "zero_stage": 2}, id="ZeRO 2, EP 2"),
         pytest.param({**EP_2, "zero_stage": 3}, id="ZeRO 3, EP 2"),
+        pytest.param({**EP_2, "bucket_numbers": 2_000}, id="EP 2, many buckets"),
         pytest.param(
             {**EP_2, "zero_stage": 3, "shards_all": True},
             id="ZeRO 3 that shards all, EP 2",

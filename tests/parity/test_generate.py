@@ -160,3 +160,28 @@ def test_ranks_that_share_experts_answer_in_lockstep(models, ours, media):
     found = run_ranks(2, answer_on_rank, tokenizer_folder(), str(media))
     assert found[0] == [[]]
     assert found[1] == [ours[kind] for kind in KINDS[1::2]]
+
+
+@pytest.mark.parametrize("kind, has_audio, has_vision", [("text", 0, 0), ("image", 0, 1), ("audio", 1, 0)])
+def test_without_gradients_a_tower_without_work_rests_and_nothing_changes(kind, has_audio, has_vision, media):
+    """With them both run, so that every rank's graph reaches all parameters."""
+    thinker = compose(build(tokenizer_folder()))
+    pack = pack_of([kind], media, tokenizer_folder())
+    ran: list[str] = []
+    towers = {"audio": thinker.towers.audio_tower.proj2, "vision": thinker.towers.visual}
+    for name, tower in towers.items():
+        tower.register_forward_hook(lambda *_, name=name: ran.append(name))
+    trained = thinker.towers(pack)
+    assert sorted(ran) == ["audio", "vision"]
+    trained.anchor.backward()
+    assert all(parameter.grad is not None for tower in towers.values() for parameter in tower.parameters())
+    ran.clear()
+    with torch.no_grad():
+        frozen = thinker.towers(pack)
+        assert ran == ["audio"] * has_audio + ["vision"] * has_vision
+        for mine, other in zip((frozen.audio, frozen.visual), (trained.audio, trained.visual), strict=True):
+            assert torch.equal(mine, other)
+        assert len(frozen.deepstack) == len(trained.deepstack)
+        number = len(thinker.llm.model.layers)
+        states = [thinker.llm.hidden_states(pack, each, number) for each in (frozen, trained)]
+    assert torch.equal(*states)

@@ -9,7 +9,7 @@ import torch
 from support import micro_model
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeCode2Wav
 
-from omni_train.config import ModelConfig, WaveHead, load
+from omni_train.config import ConfigError, ModelConfig, WaveHead, load
 from omni_train.data.encode import collate
 from omni_train.data.speech import SpeechEncoder, document_of
 from omni_train.engine.export import write_parts
@@ -65,7 +65,7 @@ def test_a_stage_with_another_head_starts_from_all_but_the_head(head, tmp_path):
     source = load("code2wav", [*SMALL, f"model.code2wav.head={other.name}"])
     trained = build_code2wav(source.model, seed=1)
     write_parts(dict(trained.named_parameters()), source, tmp_path)
-    for kind, says in ((head, f"  from {tmp_path} but its head"), (other, f"  from {tmp_path}")):
+    for kind, says in ((head, f"from {tmp_path} but its head"), (other, f"from {tmp_path}")):
         config = load("code2wav", [*SMALL, f"model.code2wav.head={kind.name}", f"+init.code2wav={tmp_path}"])
         fresh = dict(build_code2wav(config.model, seed=config.seed).named_parameters())
         started = build_modules(config, None)["code2wav"]
@@ -73,6 +73,9 @@ def test_a_stage_with_another_head_starts_from_all_but_the_head(head, tmp_path):
             is_taken = kind is other or not name.startswith("code2wav.decoder.")
             assert parameter.equal(trained.get_parameter(name) if is_taken else fresh[name])
         assert origin(config, "code2wav") == says and origin(config, "codec_encoder") == ""
+    (tmp_path / "config.json").write_text('{"model": {"code2wav": {"head": "wavenet"}}}')
+    with pytest.raises(ConfigError, match="names the head 'wavenet' of Code2Wav; known are conv, istft"):
+        build_modules(config, None)
 
 
 @pytest.mark.parametrize("head", list(WaveHead))
