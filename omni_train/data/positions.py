@@ -66,8 +66,8 @@ def tm_rope_positions(
 def _vision_starts(input_ids: np.ndarray, ids: TokenIds) -> np.ndarray:
     """Indices of the <|vision_start|> tokens that open a medium."""
     starts = np.flatnonzero(input_ids[:-1] == ids.vision_start)
-    opens = np.isin(input_ids[starts + 1], (ids.image_pad, ids.video_pad, ids.audio_start))
-    return starts[opens]
+    after = input_ids[starts + 1]
+    return starts[(after == ids.image_pad) | (after == ids.video_pad) | (after == ids.audio_start)]
 
 
 def _grid_positions(grid: Grid, ids_per_grid: float, geometry: MediaGeometry) -> np.ndarray:

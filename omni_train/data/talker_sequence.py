@@ -105,7 +105,7 @@ def speech_facts(members: dict[str, bytes], input_ids: np.ndarray, system: np.nd
 
 
 def _is_media(ids_L: np.ndarray, ids: TokenIds) -> np.ndarray:
-    return np.isin(ids_L, (ids.audio_pad, ids.image_pad, ids.video_pad))
+    return (ids_L == ids.audio_pad) | (ids_L == ids.image_pad) | (ids_L == ids.video_pad)
 
 
 def user_index(input_ids: np.ndarray, tokens: SpeechTokens) -> np.ndarray:
@@ -246,8 +246,8 @@ def system_tokens(text: object, tokenizer: PreTrainedTokenizerBase) -> np.ndarra
     """Tokens int64 of the Talker's own system prompt, none for "". Raises ValueError for what is no string."""
     if not isinstance(text, str):
         raise ValueError(f"'talker_system' is {type(text).__name__}; it must be a string")
-    turn = f"{IM_START}system\n{text}{IM_END}\n" if text else ""
-    return np.array(tokenizer(turn, add_special_tokens=False).input_ids, dtype=np.int64)
+    ids = tokenizer(f"{IM_START}system\n{text}{IM_END}\n", add_special_tokens=False).input_ids if text else []
+    return np.array(ids, dtype=np.int64)
 
 
 def with_noise(speech: Speech, share: float, codebook_size: int, rng: np.random.Generator) -> Speech:

@@ -28,7 +28,7 @@ from omni_train.evaluation.capabilities import gather, load_frozen, split_tasks
 from omni_train.evaluation.heldout import heldout_losses
 from omni_train.models.thinker import Thinker
 from omni_train.models.weights import load_thinker
-from omni_train.objectives.distillation import divergence_from, states_of
+from omni_train.objectives.distillation import TeacherStates, divergence_from, states_of
 from omni_train.rollout.rewards import Answered, Rewards, build_rule
 from omni_train.rollout.sample import ThinkerSampler
 
@@ -36,6 +36,7 @@ TOKENS_A_SOURCE = 30_000
 FORM = ("format", "overlong")
 """Rules that judge an answer's form: left out of what is reported as reward."""
 
+Output = dict[str, Tensor]
 Figures = tuple[str, dict[str, float], dict[str, float]]
 """Name of what was measured, figures, controls."""
 
@@ -56,30 +57,43 @@ def stage_figures(
     if config.stage.distillation is not None:
         teacher = load_thinker(Path(config.init["teacher"]))
         frozen = build_engine(teacher, config.engine, config.stage, None, micro_batches=1).eval().to(ranks.device)
-        gap, left = (divergence(student, frozen, data, tasks, split, ranks) for student in (before, after))
+        gap, left = divergences([before, after], frozen, data, tasks, split, ranks)
         closed = {f"{name}_gap_closed": 1 - left / gap, f"{name}_kl": left}
         yield name, closed, {f"{name}_kl": gap}
     else:
         yield from reward_figures(name, before, after, data, tasks, split, ranks)
 
 
-def divergence(
-    student: Thinker, teacher: Thinker, data: DataPipeline, tasks: dict[str, str], split: str, ranks: Ranks
-) -> float:
-    """KL(teacher ‖ student) in nats a token on the replies of a split, the mean over the sources of ``tasks``."""
+def divergences(
+    students: Sequence[Thinker],
+    teacher: Thinker,
+    data: DataPipeline,
+    tasks: dict[str, str],
+    split: str,
+    ranks: Ranks,
+) -> list[float]:
+    """KL(teacher ‖ student) of each student in nats a token on the replies of a split, the mean over the sources of
+    ``tasks``. The teacher reads them once."""
 
     @torch.no_grad()
-    def forward(pack: Pack) -> dict[str, Tensor]:
-        output = student(pack, divergence_from(states_of(teacher, pack), beta=0.0, temperature=1.0))
+    def forward(student: Thinker, said: list[TeacherStates], turn: Iterator[TeacherStates], pack: Pack) -> Output:
+        if (states := next(turn, None)) is None:
+            said.append(states := states_of(teacher, pack))
+        output = student(pack, divergence_from(states, beta=0.0, temperature=1.0))
         return {"losses": output["divergences"], "modality": output["modality"]}
 
     found = []
     for source in sorted(set(tasks.values())):
         shards = ShardsConfig(shards=[f"{split}/{source}/*.tar"])
         plans = data.validation_packs(source, shards, TOKENS_A_SOURCE)
-        losses, _ = heldout_losses(forward, plans, data.validation_builder(source, shards), data.dummy, ranks)
-        found.append(float(np.mean(list(losses.values()))))
-    return float(np.mean(found))
+        said: list[TeacherStates] = []  # of this rank's packs, which every student meets in the same order
+        row = []
+        for student in students:
+            score = partial(forward, student, said, iter([*said]))
+            losses, _ = heldout_losses(score, plans, data.validation_builder(source, shards), data.dummy, ranks)
+            row.append(float(np.mean(list(losses.values()))))
+        found.append(row)
+    return [float(value) for value in np.mean(found, axis=0)]
 
 
 def reward_figures(
@@ -103,7 +117,7 @@ def reward_figures(
             start, end = (mean_reward(thinker, data, chosen, rewards, ranks) for thinker in (before, after))
             figures = {f"{name}{suffix}_reward_start": start, f"{name}{suffix}_reward_end": end}
             if not is_unseen:
-                figures[f"{name}_kl_to_start"] = divergence(before, after, data, tasks, split, ranks)
+                figures[f"{name}_kl_to_start"] = divergences([before], after, data, tasks, split, ranks)[0]
             yield f"{name}{suffix}", figures, {}
 
 

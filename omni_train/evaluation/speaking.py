@@ -44,7 +44,7 @@ from omni_train.models.weights import load_components
 from omni_train.rollout.speak import GREEDY, MTP_SAMPLING, Sampling, Utterance, media_states, speak
 
 BATCH_UTTERANCES = 48
-ROUNDS = 6
+ROUNDS = 4
 TIMES_AS_LONG = 4
 """A reply that goes on for so many times the longest original beside it is cut."""
 
@@ -128,7 +128,7 @@ class Speaker:
 @dataclass(slots=True)
 class Heard:
     """A reply as it was heard, letter by letter, and its pitch in Hz, beside what was to be said and the pitch of the
-    original."""
+    original; NaN where a pitch was not asked for."""
 
     text: str
     said: str
@@ -197,7 +197,7 @@ def preference_figures(
         mine = samples[ranks.rank :: ranks.world]
         errors, pairs = [], []
         for speaker in speakers:
-            heard = [hear_replies(speaker, listener, mine, seed) for seed in range(ROUNDS)]
+            heard = [hear_replies(speaker, listener, mine, seed, has_pitch=False) for seed in range(ROUNDS)]
             by_item = gather([[replies[n] for replies in heard] for n in range(len(mine))], ranks)
             errors.append(np.array([np.mean([jiwer.cer(h.said, h.text or " ") for h in item]) for item in by_item]))
             pairs = [(item[0].text, item[0].said) for item in by_item]
@@ -222,17 +222,20 @@ def medians(heard: list[Heard]) -> tuple[float, float]:
     return made_hz, own_hz
 
 
-def hear_replies(speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int | None = None) -> list[Heard]:
+def hear_replies(
+    speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int | None = None, has_pitch: bool = True
+) -> list[Heard]:
     """The replies of samples, spoken and heard: the most likely, or drawn from ``seed``."""
     device = speaker.talker.talker.codec_head.weight.device
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+    pitch_of = median_pitch if has_pitch else lambda wave: float("nan")
     found: list[Heard] = []
     for start in range(0, len(samples), BATCH_UTTERANCES):
         part = samples[start : start + BATCH_UTTERANCES]
         waves, lengths = speaker.waves(speaker.codes(part, generator))
         texts = listener.hear(codec_mel(waves.cpu()), lengths)
         for n, (sample, original) in enumerate(zip(part, clips_of(part), strict=True)):
-            own = median_pitch(waves[n, : lengths[n]].cpu().numpy())
+            own = pitch_of(waves[n, : lengths[n]].cpu().numpy())
             name = str(sample.content["speaker"])
-            found.append(Heard(texts[n], original.text, name, own, median_pitch(original.wave)))
+            found.append(Heard(texts[n], original.text, name, own, pitch_of(original.wave)))
     return found

@@ -38,11 +38,11 @@ class ThinkerStates:
 
 @torch.no_grad()
 def states_for_talker(llm: LanguageModel, pack: Pack, media: MediaEmbeds, accept_hidden_layer: int) -> ThinkerStates:
-    """The Thinker's states for the speech of a pack, without gradient."""
+    """The Thinker's states for the speech of a pack, without gradient. Documents without media pass no layer."""
     speech = pack.speech
     assert speech is not None
-    hidden = llm.hidden_states(pack, media, accept_hidden_layer)
-    return ThinkerStates(llm.model.embed_tokens(speech.text_ids), hidden[speech.media_index])
+    states = llm.states_at(pack, media, speech.media_index, accept_hidden_layer)
+    return ThinkerStates(llm.model.embed_tokens(speech.text_ids), states)
 
 
 SCORES = ("losses", "predictions")

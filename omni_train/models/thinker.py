@@ -11,6 +11,7 @@ Shapes: T tokens of the pack, K of them with a label, H hidden, V vocabulary, L 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -102,21 +103,23 @@ class LanguageModel(nn.Module):
             "router_counts": counts * is_real,
         }
 
-    def hidden_states(self, pack: Pack, media: MediaEmbeds | None, number: int) -> Tensor:
-        """[T, H] after ``number`` layers, as stock's ``hidden_states[number]``; later layers are not run.
+    def states_at(self, pack: Pack, media: MediaEmbeds | None, index: Tensor, number: int) -> Tensor:
+        """[M, H] at positions ``index`` [M] of a pack after ``number`` layers, as stock's ``hidden_states[number]``.
 
         That is before a DeepStack level is added to the last of them; after all layers, it is the last norm's output.
+        Neither later layers nor what these positions do not see is run. No medium may stand behind the last of them.
         """
         model = self.model
+        pack, index = upto(pack, index)
         hidden, is_visual, deepstack = self.merge(pack.input_ids, media)
         hidden = hidden[None]
-        segments = Segments.of((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).tolist(), hidden.device)
+        segments = Segments.of(pack.cu_seqlens.diff().tolist(), hidden.device)
         rotary = model.rotary_emb(hidden, pack.position_ids[1:, None])
         for layer in range(number):
             hidden = model.layers[layer](hidden, position_embeddings=rotary, attention_mask=None, varlen=segments)
             if deepstack is not None and is_visual is not None and layer < min(len(deepstack), number - 1):
                 hidden = model._deepstack_process(hidden, is_visual[None], deepstack[layer])
-        return model.norm(hidden)[0] if number == len(model.layers) else hidden[0]
+        return (model.norm(hidden) if number == len(model.layers) else hidden)[0, index]
 
     def step(
         self,
@@ -141,6 +144,23 @@ class LanguageModel(nn.Module):
             deepstack_visual_embeds=deepstack,
         ).last_hidden_state
         return self.lm_head(hidden[:, -1])
+
+
+def upto(pack: Pack, index: Tensor) -> tuple[Pack, Tensor]:
+    """(of each document what ends at the last of positions ``index`` in it, that index there), for an LLM to run.
+
+    Documents without one are left out. A token stays where there are none: ranks that share experts run alike.
+    """
+    starts, lengths = pack.cu_seqlens[:-1].long(), pack.cu_seqlens.diff().long()
+    document = torch.searchsorted(pack.cu_seqlens.long(), index, right=True) - 1
+    kept = torch.zeros_like(lengths).scatter_reduce(0, document, index - starts[document] + 1, "amax")
+    kept[0] += len(index) == 0
+    offset = torch.arange(len(pack.input_ids), device=index.device) - starts.repeat_interleave(lengths)
+    is_kept = offset < kept.repeat_interleave(lengths)
+    ends = nn.functional.pad(kept[kept > 0].cumsum(0), (1, 0)).int()
+    ids, positions = pack.input_ids[is_kept], pack.position_ids[:, is_kept]
+    part = dataclasses.replace(pack, input_ids=ids, position_ids=positions, cu_seqlens=ends)
+    return part, (is_kept.cumsum(0) - 1)[index]
 
 
 class Thinker(nn.Module):

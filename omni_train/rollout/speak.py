@@ -197,12 +197,11 @@ def media_states(
 ) -> list[Tensor]:
     """What the Talker reads of the media in the user's turns of each prompt, [M, H'] of a prompt."""
     pack = collate(prompts, patch_dim=geometry.patch_dim).to(thinker.llm.lm_head.weight.device)
-    hidden = thinker.llm.hidden_states(pack, thinker.towers(pack), format.talker.accept_hidden_layer)
-    starts = pack.cu_seqlens.tolist()
-    return [
-        hidden[start + torch.from_numpy(media_index(prompt, format.tokens)).to(hidden.device)]
-        for start, prompt in zip(starts, prompts, strict=False)
-    ]
+    media = [media_index(prompt, format.tokens) for prompt in prompts]
+    index = np.concatenate([own + start for own, start in zip(media, pack.cu_seqlens.tolist(), strict=False)])
+    where = torch.from_numpy(index).to(pack.input_ids.device)
+    states = thinker.llm.states_at(pack, thinker.towers(pack), where, format.talker.accept_hidden_layer)
+    return list(states.split([len(own) for own in media]))
 
 
 @torch.no_grad()
@@ -222,8 +221,8 @@ def answer_in_speech(
     """Frames [G] of the Thinker's answer to ``prompt``, spoken while it is still being written; see ``speak``."""
     pack = collate([prompt], patch_dim=geometry.patch_dim).to(thinker.llm.lm_head.weight.device)
     media = thinker.towers(pack)
-    hidden = thinker.llm.hidden_states(pack, media, format.talker.accept_hidden_layer)
-    states = hidden[torch.from_numpy(media_index(prompt, format.tokens)).to(hidden.device)]
+    where = torch.from_numpy(media_index(prompt, format.tokens)).to(pack.input_ids.device)
+    states = thinker.llm.states_at(pack, media, where, format.talker.accept_hidden_layer)
     stop_id = format.tokens.ids.im_end
     text = change(stream_text(thinker.llm, pack, media, stop_id=stop_id, max_new_tokens=max_new_tokens))
     utterance = Utterance(prompt, states, text, speaker, system)

@@ -17,6 +17,7 @@ from stock_omni import KINDS, NUM_FRAMES, Models, build_models, ours, spoken, st
 from support import tokenizer_folder
 
 from omni_train.config import load
+from omni_train.data.encode import collate
 from omni_train.data.talker_sequence import SpeechTokens, system_tokens, with_noise
 from omni_train.data.tokenizer import load_tokenizer, train_tokenizer
 from omni_train.engine.export import write_processor
@@ -82,6 +83,27 @@ def test_a_pack_of_all_kinds_equals_its_documents_alone(models, answers, media):
         assert (together[name] - torch.cat([output[name] for output in alone])).abs().max() < 1e-5
     assert together["sequence"].tolist() == [n for n in range(len(KINDS)) for _ in range(NUM_FRAMES + 1)]
     assert together["frame_sequence"].tolist() == [n for n in range(len(KINDS)) for _ in range(NUM_FRAMES)]
+
+
+def test_the_thinker_runs_on_what_the_media_see_alone(models, answers, media):
+    """Of the documents with media what ends at the last of them; one token where there are none."""
+    documents = [spoken(kind, media, *answers[kind][:2]) for kind in KINDS]
+    llm, number, dim = models.thinker.llm, models.accept_hidden_layer, encoder_of().geometry.patch_dim
+    rows: list[int] = []
+    llm.model.layers[0].register_forward_pre_hook(lambda layer, args: rows.append(args[0].shape[1]))
+
+    def states(documents):
+        pack = collate(documents, patch_dim=dim)
+        index, embeds = pack.speech.media_index, models.thinker.towers(pack)
+        found = llm.states_at(pack, embeds, index, number)
+        return found, llm.states_at(pack, embeds, torch.arange(len(pack.input_ids)), number)[index]
+
+    with torch.no_grad():
+        found, theirs = states(documents)
+        assert len(found) > 20 and (found - theirs).abs().max() < 1e-5 and theirs.std() > 0.1
+        last = [int(document.speeches[0].media_index.max(initial=-1)) + 1 for document in documents]
+        assert last[0] == 0 and rows == [sum(last), sum(len(document.input_ids) for document in documents)]
+        assert states(documents[:1])[0].shape[0] == 0 and rows[2] == 1
 
 
 def test_a_talker_s_own_system_prompt_changes_what_it_says(models, answers, media):

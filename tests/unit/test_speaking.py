@@ -26,7 +26,8 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         folders.append(str(talker))
         return str(talker)
 
-    def hear(folder, listener, samples, seed=None):
+    def hear(folder, listener, samples, seed=None, has_pitch=True):
+        assert has_pitch is (seed is None), "drawn replies are read for their words alone"
         voices = ["high", "low"]
         found = []
         for n, (split, said) in enumerate(samples):
