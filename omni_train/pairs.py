@@ -91,10 +91,10 @@ class PairMaker:
         """AuT's question about a wave; a reply of no frames is heard as a tenth of a second of silence."""
         file = io.BytesIO()
         wave = wave if len(wave) else np.zeros(CODEC_SAMPLE_RATE_HZ // 10, np.float32)
-        soundfile.write(file, wave.clip(-1, 1), CODEC_SAMPLE_RATE_HZ, format="FLAC")
-        asked = [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": self.question}]
+        soundfile.write(file, wave.clip(-1, 1), CODEC_SAMPLE_RATE_HZ, format="WAV")
+        asked = [{"type": "audio", "audio": "a.wav"}, {"type": "text", "text": self.question}]
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
-        return Sample("reply", "", "", {"messages": messages}, {"a.flac": file.getvalue()})
+        return Sample("reply", "", "", {"messages": messages}, {"a.wav": file.getvalue()})
 
 
 def add_pairs(

@@ -550,19 +550,35 @@ def run_case(ranks: Ranks, case: Case, folder: str, teacher: str = "") -> Trajec
         trainer = make_trainer(config, ranks, micro_batches)
         if case.mutation == "world_factor":
             trainer.ranks = dataclasses.replace(ranks, world=1)
-        steps = [trainer.step(packs_of_rank(case, config, ids, step, ranks.rank)) for step in range(case.num_steps)]
+        steps = []
+        for step in range(case.num_steps):
+            steps.append(trainer.step(packs_of_rank(case, config, ids, step, ranks.rank)))
+            if case.shards_all:  # a look at held-out data changes nothing
+                look(trainer, packs_of_rank(case, config, ids, step, ranks.rank))
     names = [name for name in steps[0] if name != "samples"]
     return {name: np.array([step[name] for step in steps]) for name in names}
 
 
+@torch.no_grad()
+def look(trainer: train.Trainer, packs: list[Pack]) -> None:
+    """Runs packs as an evaluation does."""
+    engines = [*trainer.stage.engines.values(), *trainer.stage.frozen.values()]
+    for engine in engines:
+        engine.eval()
+    for pack in packs:
+        trainer.stage.forward(pack)
+    for engine in engines:
+        engine.train()
+
+
 @contextlib.contextmanager
 def shard_all() -> Iterator[None]:
-    """ZeRO-3 shards every parameter, also small ones."""
+    """ZeRO-3 shards every parameter, also small ones, and gathers each when its module begins, not before."""
     real = engine_module.deepspeed_config
 
     def sharding(*args: Any, **kwargs: Any) -> dict[str, Any]:
         found = real(*args, **kwargs)
-        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        found["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
         return found
 
     with mock.patch.object(engine_module, "deepspeed_config", sharding):

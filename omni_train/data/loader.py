@@ -60,7 +60,7 @@ class PackReader:
     """Reads the samples that plans name. ``sources``: per name the (path, index) of its shards, in the planner's order;
     ``layouts``: per name what its samples look like.
 
-    Holds keys and byte ranges only, so a copy for each worker is cheap.
+    Holds names, keys and byte ranges only, so a copy for each worker is cheap.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class PackReader:
     ) -> None:
         self._layouts = layouts
         self._shards = {name: [(path, *_ranges(index)) for path, index in shards] for name, shards in sources.items()}
+        self._names = {name: distinct_names([path for path, _ in shards]) for name, shards in sources.items()}
 
     def read(self, document: DocumentPlan) -> Sample:
         """The whole sample of ``document`` (its token range is not cut out here), in one ranged read.
@@ -82,12 +83,23 @@ class PackReader:
             content = read_content(members, self._layouts[document.source])
         except ValueError as error:
             raise SampleError.at(path, offset, str(error), key=key, fix=FIX) from error
-        return Sample(document.source, str(path).rpartition("/")[2], key, content, members)
+        return Sample(document.source, self._names[document.source][document.shard], key, content, members)
 
     def place(self, document: DocumentPlan) -> tuple[str, str, int]:
         """(shard, key, byte offset) of the sample of ``document``."""
         path, keys, offsets, _ = self._shards[document.source][document.shard]
         return str(path), keys[document.index], int(offsets[document.index])
+
+
+def distinct_names(paths: Sequence[str | Path]) -> list[str]:
+    """File names of ``paths``, each with as many of its folders as tell all of them apart: a shard that shares its file
+    name with one that is added is called otherwise then, and so are its samples."""
+    parts = [str(path).split("/") for path in paths]
+    for number in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(own[-number:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [own[-1] for own in parts]  # the same shard twice
 
 
 class StepLoader(Generic[Loaded]):

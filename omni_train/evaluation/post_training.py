@@ -73,7 +73,7 @@ def divergences(
     ranks: Ranks,
 ) -> list[float]:
     """KL(teacher ‖ student) of each student in nats a token on the replies of a split, the mean over the sources of
-    ``tasks``. The teacher reads them once."""
+    ``tasks``. The teacher reads them once. Collective."""
 
     @torch.no_grad()
     def forward(student: Thinker, said: list[TeacherStates], turn: Iterator[TeacherStates], pack: Pack) -> Output:

@@ -154,7 +154,7 @@ def talker_figures(
     """
     data = DataPipeline.of(config)
     speaker = Speaker(config, folder, through, data, ranks)
-    listener = listener_of(data, run_dir)
+    listener = listener_of(data, run_dir, ranks)
     for task, source in tasks.items():
         found = SpeechFigures(task, {}, {}, [])
         unseen = split_tasks(data, {task: source}, split)[task]
@@ -192,7 +192,7 @@ def preference_figures(
     if start is None:
         raise ConfigError(f"{config.stage.name} is measured against its start; add +init.talker=ITS_EXPORT")
     speakers = [Speaker(config, Path(talker), through, data, ranks) for talker in (start, folder)]
-    listener = listener_of(data, run_dir)
+    listener = listener_of(data, run_dir, ranks)
     for task, samples in split_tasks(data, tasks, split).items():
         mine = samples[ranks.rank :: ranks.world]
         errors, pairs = [], []
@@ -225,7 +225,7 @@ def medians(heard: list[Heard]) -> tuple[float, float]:
 def hear_replies(
     speaker: Speaker, listener: Recogniser, samples: list[Sample], seed: int | None = None, has_pitch: bool = True
 ) -> list[Heard]:
-    """The replies of samples, spoken and heard: the most likely, or drawn from ``seed``."""
+    """Replies of samples, spoken and heard: the most likely, or drawn from ``seed``; with pitches if ``has_pitch``."""
     device = speaker.talker.talker.codec_head.weight.device
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     pitch_of = median_pitch if has_pitch else lambda wave: float("nan")

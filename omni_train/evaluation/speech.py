@@ -29,7 +29,7 @@ from omni_train.data.contracts import Sample
 from omni_train.data.encode import padded_waves
 from omni_train.data.media_tokens import CODEC_SAMPLE_RATE_HZ
 from omni_train.data.pipeline import DataPipeline
-from omni_train.engine.parallel import Ranks
+from omni_train.engine.parallel import Ranks, sum_over_ranks
 from omni_train.evaluation.capabilities import gather, read_all, split_tasks
 from omni_train.evaluation.stoi import stoi
 from omni_train.models.code2wav import Code2Wav
@@ -38,7 +38,9 @@ from omni_train.models.weights import load_components
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"
 WIDTH, NUM_BLOCKS = 96, 4
-TRAIN_STEPS, TRAIN_CLIPS, TRAIN_LR = 480, 32, 2e-3
+TRAIN_STEPS, TRAIN_CLIPS, TRAIN_LR = 600, 32, 2e-3
+PARTS = 2
+"""Of a batch: each is normalised alone, a rank takes every so many."""
 BATCH_CLIPS = 32
 
 
@@ -96,8 +98,11 @@ def edit_distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def train_recogniser(clips: Sequence[Clip], *, seed: int, num_steps: int = TRAIN_STEPS) -> Recogniser:
-    """A recogniser of the words in ``clips``, which it alone hears; loudness, colour and noise are varied."""
+def train_recogniser(clips: Sequence[Clip], ranks: Ranks, *, seed: int, num_steps: int = TRAIN_STEPS) -> Recogniser:
+    """A recogniser of the words in ``clips``, which it alone hears; loudness, colour and noise are varied.
+
+    Ranks share the PARTS of a batch, each with statistics of its own: the same comes out for any number of ranks.
+    """
     texts = [[CHARACTERS.index(c) for c in clip.text] for clip in clips]
     waves, lengths = batch([clip.wave for clip in clips])
     mels = torch.cat([codec_mel(part) for part in waves.split(BATCH_CLIPS)])  # in one call: six times as long
@@ -112,20 +117,42 @@ def train_recogniser(clips: Sequence[Clip], *, seed: int, num_steps: int = TRAIN
         mel = mels[chosen]
         for scale, shape in ((0.3, mel.shape), (0.2, (*mel.shape[:2], 1)), (0.3, (len(mel), 1, 1))):
             mel = mel + scale * torch.rand((), generator=generator) * torch.randn(shape, generator=generator)
-        logits = model(mel)
-        targets = [texts[n] for n in chosen.tolist()]
-        loss = F.ctc_loss(
-            logits.permute(2, 0, 1).log_softmax(-1),
-            torch.tensor([c for text in targets for c in text]),
-            (lengths[chosen] // (2 * HOP) + 1).clamp(max=logits.shape[-1]),
-            torch.tensor([len(text) for text in targets]),
-            blank=len(CHARACTERS),
-        )
-        optimizer.zero_grad()
-        loss.backward()
+        for part, part_mel in list(zip(chosen.chunk(PARTS), mel.chunk(PARTS), strict=True))[ranks.rank :: ranks.world]:
+            logits = model(part_mel)
+            targets = [texts[n] for n in part.tolist()]
+            loss = F.ctc_loss(
+                logits.permute(2, 0, 1).log_softmax(-1),
+                torch.tensor([c for text in targets for c in text]),
+                (lengths[part] // (2 * HOP) + 1).clamp(max=logits.shape[-1]),
+                torch.tensor([len(text) for text in targets]),
+                blank=len(CHARACTERS),
+            )
+            (loss / PARTS).backward()
+        if ranks.world > 1:
+            sum_gradients(model, ranks)
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
+    count_statistics(model, mels)
     return model.eval()
+
+
+def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """Gradients summed over ranks, in place; a rank without any has zeros. Collective."""
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    everywhere = sum_over_ranks(torch.cat([gradient.flatten() for gradient in own]).to(ranks.device)).cpu()
+    for parameter, gradient in zip(model.parameters(), everywhere.split([each.numel() for each in own]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+@torch.no_grad()
+def count_statistics(model: nn.Module, mels_CMF: Tensor) -> None:
+    """What batch normalisation is to know of all clips, counted once with the final weights (arXiv 2105.07576)."""
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm1d)):
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches alike
+    for part in mels_CMF.split(TRAIN_CLIPS // PARTS):
+        model(part)
 
 
 def batch(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -164,8 +191,8 @@ def clips_of(samples: Sequence[Sample]) -> list[Clip]:
     return clips
 
 
-def listener_of(data: DataPipeline, run_dir: Path | None) -> Recogniser:
-    """The recogniser of all that the stage trains on, kept in a run folder for all measurements of that run."""
+def listener_of(data: DataPipeline, run_dir: Path | None, ranks: Ranks) -> Recogniser:
+    """The recogniser of all that the stage trains on, kept in a run folder for all measurements of it. Collective."""
     path = run_dir / "recogniser.pt" if run_dir else None
     if path and path.exists():
         state = torch.load(path, weights_only=True)
@@ -173,8 +200,8 @@ def listener_of(data: DataPipeline, run_dir: Path | None) -> Recogniser:
         listener.load_state_dict(state["weights"])
         return listener
     samples = [sample for name, source in data.config.mixture.items() for sample in read_all(data, name, source)]
-    listener = train_recogniser(clips_of(samples), seed=0)
-    if path and dist.get_rank() == 0:
+    listener = train_recogniser(clips_of(samples), ranks, seed=0)
+    if path and ranks.is_main:
         torch.save({"lexicon": listener.lexicon, "weights": listener.state_dict()}, path)
     dist.barrier()
     return listener
@@ -198,7 +225,7 @@ def speech_figures(
     """Figures of an export of codec (words at mel level) or code2wav (words and STOI of waves). Collective."""
     data, reconstruct = DataPipeline.of(config), load_reconstruction(config, folder)
     level = "mel" if config.stage.objective is Objective.codec else "wave"
-    listener = listener_of(data, run_dir)
+    listener = listener_of(data, run_dir, ranks)
     for task, samples in split_tasks(data, tasks, split).items():
         mine = clips_of(samples[ranks.rank :: ranks.world])
         found: list[tuple] = []

@@ -38,7 +38,7 @@ class ThinkerStates:
 
 @torch.no_grad()
 def states_for_talker(llm: LanguageModel, pack: Pack, media: MediaEmbeds, accept_hidden_layer: int) -> ThinkerStates:
-    """The Thinker's states for the speech of a pack, without gradient. Documents without media pass no layer."""
+    """The Thinker's states for the speech of a pack, without gradient. It runs each document up to its last medium."""
     speech = pack.speech
     assert speech is not None
     states = llm.states_at(pack, media, speech.media_index, accept_hidden_layer)

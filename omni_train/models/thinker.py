@@ -11,7 +11,6 @@ Shapes: T tokens of the pack, K of them with a label, H hidden, V vocabulary, L 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -107,14 +106,15 @@ class LanguageModel(nn.Module):
         """[M, H] at positions ``index`` [M] of a pack after ``number`` layers, as stock's ``hidden_states[number]``.
 
         That is before a DeepStack level is added to the last of them; after all layers, it is the last norm's output.
-        Neither later layers nor what these positions do not see is run. No medium may stand behind the last of them.
+        Later layers are not run, nor what stands behind the last position of its document. Raises ValueError for media
+        there.
         """
         model = self.model
-        pack, index = upto(pack, index)
-        hidden, is_visual, deepstack = self.merge(pack.input_ids, media)
+        input_ids, position_ids, lengths, index = upto(pack, index)
+        hidden, is_visual, deepstack = self.merge(input_ids, media)
         hidden = hidden[None]
-        segments = Segments.of(pack.cu_seqlens.diff().tolist(), hidden.device)
-        rotary = model.rotary_emb(hidden, pack.position_ids[1:, None])
+        segments = Segments.of(lengths, hidden.device)
+        rotary = model.rotary_emb(hidden, position_ids[1:, None])
         for layer in range(number):
             hidden = model.layers[layer](hidden, position_embeddings=rotary, attention_mask=None, varlen=segments)
             if deepstack is not None and is_visual is not None and layer < min(len(deepstack), number - 1):
@@ -146,21 +146,19 @@ class LanguageModel(nn.Module):
         return self.lm_head(hidden[:, -1])
 
 
-def upto(pack: Pack, index: Tensor) -> tuple[Pack, Tensor]:
-    """(of each document what ends at the last of positions ``index`` in it, that index there), for an LLM to run.
+def upto(pack: Pack, index: Tensor) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    """What ends, in each document of a pack, at the last of positions ``index`` [M] in it; others are left out.
 
-    Documents without one are left out. A token stays where there are none: ranks that share experts run alike.
+    Returns its ``input_ids`` [t], its ``position_ids`` [4, t], the lengths of its documents and ``index`` in it. The
+    first token stays where there is no position: ranks that share experts run alike.
     """
-    starts, lengths = pack.cu_seqlens[:-1].long(), pack.cu_seqlens.diff().long()
+    lengths, offset = pack.cu_seqlens.diff().long(), pack.position_ids[0]
     document = torch.searchsorted(pack.cu_seqlens.long(), index, right=True) - 1
-    kept = torch.zeros_like(lengths).scatter_reduce(0, document, index - starts[document] + 1, "amax")
+    kept = torch.zeros_like(lengths).scatter_reduce(0, document, offset[index] + 1, "amax")
     kept[0] += len(index) == 0
-    offset = torch.arange(len(pack.input_ids), device=index.device) - starts.repeat_interleave(lengths)
     is_kept = offset < kept.repeat_interleave(lengths)
-    ends = nn.functional.pad(kept[kept > 0].cumsum(0), (1, 0)).int()
-    ids, positions = pack.input_ids[is_kept], pack.position_ids[:, is_kept]
-    part = dataclasses.replace(pack, input_ids=ids, position_ids=positions, cu_seqlens=ends)
-    return part, (is_kept.cumsum(0) - 1)[index]
+    own_index = (is_kept.cumsum(0) - 1)[index]
+    return pack.input_ids[is_kept], pack.position_ids[:, is_kept], kept[kept > 0].tolist(), own_index
 
 
 class Thinker(nn.Module):

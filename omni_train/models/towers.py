@@ -31,7 +31,8 @@ def halve(length):
 class MediaEmbeds:
     """What the towers give the LLM: audio [A, H]; visual [V, H] and one [V, H] a DeepStack level, pictures first.
 
-    ``anchor`` is a zero that depends on every tower parameter, so that every rank's graph reaches all of them.
+    ``anchor`` is a zero that depends on every tower parameter, so that every rank's graph reaches all of them (without
+    gradients on nothing).
     NOTE: no slots here: ZeRO-3's hooks look for tensors in vars(output).
     """
 
@@ -168,7 +169,8 @@ class MediaTowers(nn.Module):
         self.visual = visual
 
     def forward(self, pack: Pack) -> MediaEmbeds:
-        is_alike = torch.is_grad_enabled() or hasattr(self.audio_tower.proj2.weight, "ds_id")
+        # ZeRO-3 numbers the modules that it gathers for. NOTE: not a parameter's mark: touching one gathers it.
+        is_alike = torch.is_grad_enabled() or hasattr(self, "ds_id")
         has_audio = len(pack.mel_lengths) > 0
         has_vision = len(pack.image_grid_thw) + len(pack.video_grid_thw) > 0
         nothing = torch.zeros(0, self.visual.config.out_hidden_size, device=pack.input_ids.device)

@@ -8,8 +8,9 @@
 All three read, decode and train on the same documents in the same order: ours and the bare loop as packs, Trainer as
 one padded batch of a step's documents. They take turns, a few steps each, so that what else runs on the machine falls
 on all; what is printed are ratios of useful tokens (padding does not count) a second. ``--ranks 2`` instead compares
-one rank with two ranks and expert parallelism 2 on the same plan. S3's documents differ most in length. Both without
-films, whose positions stock does not find in a padded batch. The corpus must be there (``make corpus``).
+one rank with two ranks and expert parallelism 2 on the same plan, and with two unconnected processes, which is what
+the machine allows. S3's documents differ most in length. It and the SFT go without films, whose positions stock does
+not find in a padded batch. The corpus must be there (``make corpus``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from omni_train.config import RunConfig
 from omni_train.data.contracts import IGNORE_INDEX, Document, PackPlan
 from omni_train.data.loader import PackReader
 from omni_train.data.pipeline import DataPipeline
+from omni_train.engine.parallel import bind_to_processors
 from omni_train.launching.local import free_port
 
 STEP_OF_RANK = "OMNI_TRAIN_BENCHMARK_RANK"
@@ -227,37 +229,46 @@ def turns(config: RunConfig, num_steps: int, num_rounds: int, peer: str) -> None
 
 
 def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: int, num_rounds: int) -> None:
-    """One rank and ``num_ranks`` with expert parallelism over them, by turns, each run in fresh processes."""
-    ratios = []
+    """One rank, ``num_ranks`` with expert parallelism over them, and as many processes of one rank each that know
+    nothing of each other, by turns, all in fresh processes. The last is what the machine allows."""
+    by_round = []
     for _ in range(num_rounds):
-        rates = {}
-        for world in (1, num_ranks):
-            own = [*overrides, f"engine.num_processes={world}", f"engine.expert_parallel={world}"]
-            rates[world] = _rate(stage, own, world, num_steps)
-        ratios.append(rates[num_ranks] / rates[1])
-        print("  " + ", ".join(f"{world} ranks {rate:,.0f} tokens/s" for world, rate in rates.items()), flush=True)
-    print(f"{num_ranks} ranks with expert parallelism {num_ranks} / one rank {statistics.median(ratios):.2f}")
+        both = [*overrides, f"engine.num_processes={num_ranks}", f"engine.expert_parallel={num_ranks}"]
+        one = [*overrides, "engine.num_processes=1", "engine.expert_parallel=1"]
+        alone, beside = (sum(_rates(stage, one, [1] * number, num_steps)) for number in (1, num_ranks))
+        together = _rates(stage, both, [num_ranks], num_steps)[0]
+        by_round.append((together / alone, beside / alone))
+        rates = f"1 rank {alone:,.0f}, {num_ranks} ranks {together:,.0f}, {num_ranks} apart {beside:,.0f}"
+        print(f"  {rates} tokens/s", flush=True)
+    ratio, ceiling = (statistics.median(each) for each in zip(*by_round, strict=True))
+    print(f"{num_ranks} ranks with expert parallelism {num_ranks} / one rank {ratio:.2f}")
+    print(f"{num_ranks} unconnected processes / one {ceiling:.2f}")
 
 
-def _rate(stage: str, overrides: list[str], world: int, num_steps: int) -> float:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+def _rates(stage: str, overrides: list[str], worlds: list[int], num_steps: int) -> list[float]:
+    """Tokens a second of jobs of so many ranks that run at once."""
     command = [sys.executable, __file__, "--stage", stage, "--steps", str(num_steps), *overrides]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank), STEP_OF_RANK: "1"},
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-        )
-        for rank in range(world)
-    ]
-    output, _ = processes[0].communicate()
+    processes = []
+    for job, world in enumerate(worlds):
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        for rank in range(world):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), STEP_OF_RANK: f"{job}/{len(worlds)}"}
+            processes.append(
+                subprocess.Popen(
+                    [*command, *([f"run_dir={tempfile.mkdtemp()}"] if job else [])],
+                    env={**os.environ, **address, **own},
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                )
+            )
+    outputs = [process.communicate()[0] for process in processes]
     if any(process.wait() for process in processes):
         raise RuntimeError("a rank failed")
-    return float(json.loads(output.splitlines()[-1])["tokens_per_second"])
+    return [float(json.loads(output.splitlines()[-1])["tokens_per_second"]) for output in outputs if output is not None]
 
 
 def as_rank(config: RunConfig, num_steps: int) -> None:
     """One rank of ``ranks_in_turn``: its rate as a JSON line."""
+    bind_to_processors(*map(int, os.environ[STEP_OF_RANK].split("/")))  # jobs, as ranks are
     with contextlib.redirect_stdout(io.StringIO()):
         ours = Ours(config)
     for _ in range(4):

@@ -73,7 +73,7 @@ def main() -> None:
     config = configuration.load(stage.stage, stage_overrides(recipe, stage, options.run, []))
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     data = DataPipeline.of(config)
-    listener = listener_of(data, options.run)
+    listener = listener_of(data, options.run, ranks)
     speakers = [
         Speaker(config, options.run / name / "export", options.run / options.through / "export", data, ranks)
         for name in (options.before, options.after)

@@ -26,6 +26,7 @@ from omni_train.data.codes import speech_member
 from omni_train.data.contracts import Sample
 from omni_train.data.media_tokens import SAMPLES_PER_CODEC_FRAME
 from omni_train.data.pipeline import DataPipeline
+from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.capabilities import split_tasks
 from omni_train.evaluation.speech import listener_of, swapped, word_accuracy
 from omni_train.models.codec import codec_mel
@@ -55,7 +56,8 @@ def main() -> None:
     data = DataPipeline(config, AutoTokenizer.from_pretrained(options.folder, local_files_only=True))
     if not (options.run / "recogniser.pt").exists():
         parser.error(f"{options.run} has no recogniser.pt: its speech was not measured yet")
-    listener, ids = listener_of(data, options.run), data.encoder.ids
+    listener = listener_of(data, options.run, Ranks(0, 1, 0, torch.device("cpu")))
+    ids = data.encoder.ids
     model, loading = Qwen3OmniMoeForConditionalGeneration.from_pretrained(
         options.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )

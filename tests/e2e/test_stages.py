@@ -71,7 +71,7 @@ FIGURES = (
     *("gspo_reward_start", "gspo_reward_end", "gspo_kl_to_start", "gspo_unseen_reward_end"),
     *("distill_off_gap_closed", "distill_on_gap_closed"),
 )
-BESIDE = ("talker_seen_words/after_gspo", "talker_cer/after_dpo", "talker_f0_error/after_speaker")
+BESIDE = ("talker_seen_words/after_gspo", "talker_cer/after_speaker", "talker_f0_error/after_speaker")
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_the_cases_train():
         pytest.param({"documents_per_pack": 8}, id="one pack"),
         pytest.param(RANKS_2, id="2 ranks x 4"),
         pytest.param(EP_2, id="EP 2"),
-        pytest.param({**EP_2, "zero_stage": 2}, id="ZeRO 2, EP 2"),
+        pytest.param({**EP_2, "zero_stage": 2}, id="ZeRO 2, EP 2", marks=slow),
         pytest.param({**EP_2, "zero_stage": 3}, id="ZeRO 3, EP 2"),
         pytest.param({**EP_2, "bucket_numbers": 2_000}, id="EP 2, many buckets"),
         pytest.param(
@@ -78,7 +78,7 @@ def test_the_cases_train():
         ),
         pytest.param({"recompute": True}, id="recompute", marks=slow),
         pytest.param({**EP_2, "recompute": True}, id="recompute, EP 2"),
-        pytest.param({**EP_2, "documents_per_pack": 4}, id="2 ranks x 1, EP 2"),
+        pytest.param({**EP_2, "documents_per_pack": 4}, id="2 ranks x 1, EP 2", marks=slow),
         pytest.param({**RANKS_2, "zero_stage": 2}, id="ZeRO 2", marks=slow),
         pytest.param({**RANKS_2, "zero_stage": 3}, id="ZeRO 3", marks=slow),
         pytest.param({"world": 4, "expert_parallel": 2}, id="4 ranks x 2, EP 2", marks=slow),

@@ -90,7 +90,7 @@ def test_the_thinker_runs_on_what_the_media_see_alone(models, answers, media):
     documents = [spoken(kind, media, *answers[kind][:2]) for kind in KINDS]
     llm, number, dim = models.thinker.llm, models.accept_hidden_layer, encoder_of().geometry.patch_dim
     rows: list[int] = []
-    llm.model.layers[0].register_forward_pre_hook(lambda layer, args: rows.append(args[0].shape[1]))
+    handle = llm.model.layers[0].register_forward_pre_hook(lambda layer, args: rows.append(args[0].shape[1]))
 
     def states(documents):
         pack = collate(documents, patch_dim=dim)
@@ -104,6 +104,13 @@ def test_the_thinker_runs_on_what_the_media_see_alone(models, answers, media):
         last = [int(document.speeches[0].media_index.max(initial=-1)) + 1 for document in documents]
         assert last[0] == 0 and rows == [sum(last), sum(len(document.input_ids) for document in documents)]
         assert states(documents[:1])[0].shape[0] == 0 and rows[2] == 1
+        handle.remove()
+        pack = collate(documents, patch_dim=dim)
+        embeds, index = models.thinker.towers(pack), pack.speech.media_index
+        mixed = torch.cat([index.flip(0), index[:5]])
+        assert torch.equal(llm.states_at(pack, embeds, mixed, number), torch.cat([found.flip(0), found[:5]]))
+        with pytest.raises(ValueError, match="placeholders"):
+            llm.states_at(pack, embeds, index[:1], number)
 
 
 def test_a_talker_s_own_system_prompt_changes_what_it_says(models, answers, media):

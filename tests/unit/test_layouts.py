@@ -361,15 +361,16 @@ def test_a_mixture_of_layouts_folders_globs_and_braces_gives_every_sample_once(t
     }
     mixture = {name: f"{values}, weight: 0.2, max_epochs: 1" for name, values in mixture.items()}
     data = DataPipeline.of(configured(tmp_path, tokenizer, mixture, "stage.context=256"))
-    keys: dict[str, list[str]] = {name: [] for name in mixture}
+    ids: list[str] = []
     modalities: Counter[int] = Counter()
     with data.loader(rank=0, world=1) as loader, pytest.raises(OutOfData):
         while True:
             for pack in loader.next_step():
                 modalities.update(pack.doc_modality.tolist() if pack.sample_ids else [])
-                for name, _, key in (sample_id.split("/", 2) for sample_id in pack.sample_ids):
-                    keys[name].append(key)
-    assert {name: sorted(found) for name, found in keys.items()} == {name: sorted(k) for name, k in expected.items()}
+                ids += pack.sample_ids
+    assert len(set(ids)) == len(ids), "folders hold shards of the same name"
+    keys = {name: sorted(i.rpartition("/")[2] for i in ids if i.startswith(f"{name}/")) for name in mixture}
+    assert keys == {name: sorted(own) for name, own in expected.items()}
     assert {name: len(found) for name, found in keys.items()} == {
         "pictures": 10,
         "speech": 9,

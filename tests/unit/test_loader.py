@@ -15,7 +15,7 @@ import webdataset
 from omni_train.data.contracts import DocumentPlan, PackPlan
 from omni_train.data.index import ensure_index
 from omni_train.data.layouts import MESSAGES
-from omni_train.data.loader import PackReader, StepLoader, rank_packs
+from omni_train.data.loader import PackReader, StepLoader, distinct_names, rank_packs
 from omni_train.data.planner import OutOfData, Planner, Source
 from omni_train.data.shard import DataError
 
@@ -61,6 +61,21 @@ def reader(tmp_path):
 def test_reader_reads_exactly_the_sample(reader):
     sample = reader[0].read(DocumentPlan("a", 1, 7, 0, 5))
     assert (sample.id, sample.content, sample.members["a.bin"]) == ("a/x-1.tar/k17", {"text": "17"}, b"b" * 17)
+
+
+def test_samples_of_shards_that_share_a_name_keep_ids_of_their_own(tmp_path):
+    shards = []
+    for folder in ("en", "de"):
+        (tmp_path / folder).mkdir()
+        shards.append(tmp_path / folder / "00000.tar")
+        with webdataset.TarWriter(str(shards[-1])) as writer:
+            writer.write({"__key__": "0", "json": {"text": folder}, "a.bin": b""})
+    reader = PackReader({"a": list(zip(shards, ensure_index(shards, describe, "t"), strict=True))}, {"a": MESSAGES})
+    ids = [reader.read(DocumentPlan("a", number, 0, 0, 4)).id for number in (0, 1)]
+    assert ids == ["a/en/00000.tar/0", "a/de/00000.tar/0"]
+    assert distinct_names(["/x/1.tar", "s3://y/x/2.tar"]) == ["1.tar", "2.tar"]
+    assert distinct_names(["/u/x/y/1.tar", "/v/x/y/1.tar"]) == ["u/x/y/1.tar", "v/x/y/1.tar"]
+    assert distinct_names([]) == [] and distinct_names(["b/a.tar", "b/a.tar"]) == ["a.tar", "a.tar"]
 
 
 def test_reader_names_bad_json(reader):

@@ -15,7 +15,12 @@ def test_every_student_meets_what_the_teacher_said_of_the_same_pack_once(monkeyp
     said: list[float] = []
     monkeypatch.setattr(post_training, "states_of", lambda teacher, pack: said.append(pack.value) or pack.value)
     monkeypatch.setattr(heldout, "sum_over_ranks", lambda values: values)
-    monkeypatch.setattr(post_training, "divergence_from", lambda states, beta, temperature: states)
+
+    def divergence_from(states, beta, temperature):
+        assert (beta, temperature) == (0.0, 1.0), "forward KL"
+        return states
+
+    monkeypatch.setattr(post_training, "divergence_from", divergence_from)
 
     def student(scale):
         def forward(pack, states):

@@ -37,7 +37,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(speaking, "Speaker", speaker)
     monkeypatch.setattr(speaking, "hear_replies", hear)
-    monkeypatch.setattr(speaking, "listener_of", lambda data, run_dir: SimpleNamespace(snap=lambda text: text))
+    monkeypatch.setattr(speaking, "listener_of", lambda data, run_dir, ranks: SimpleNamespace(snap=lambda text: text))
     monkeypatch.setattr(speaking.DataPipeline, "of", lambda config: None)
     monkeypatch.setattr(speaking, "gather", lambda found, ranks: found)
     monkeypatch.setattr(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import micro_model
+from support import micro_model, run_ranks
 from transformers import MimiConfig, MimiModel
 
 from omni_train.config import ConfigError, to_dict
 from omni_train.data.contracts import Sample
+from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.speech import (
     Clip,
     Recogniser,
@@ -24,6 +26,7 @@ from omni_train.evaluation.speech import (
 )
 from omni_train.models.codec import Codec, codec_mel, load_codec
 
+MAIN = Ranks(0, 1, 0, torch.device("cpu"))
 WORDS = {"low": 300.0, "mid": 1200.0, "high": 4000.0}
 
 
@@ -41,10 +44,25 @@ def clip(words: list[str], seed: int) -> Clip:
 def test_it_learns_to_write_down_what_it_hears():
     rng = np.random.default_rng(0)
     clips = [clip(rng.choice(list(WORDS), 2).tolist(), seed=10 * n) for n in range(48)]
-    listener = train_recogniser(clips[:40], seed=0, num_steps=60)
+    listener = train_recogniser(clips[:40], MAIN, seed=0, num_steps=60)
     waves, lengths = batch([c.wave for c in clips[40:]])
     heard = [listener.snap(text) for text in listener.hear(codec_mel(waves), lengths.tolist())]
     assert word_accuracy(list(zip(heard, [c.text for c in clips[40:]], strict=True))) > 0.9
+
+
+def weights_on(ranks: Ranks) -> dict[str, np.ndarray]:
+    clips = [clip([one, other], seed=n) for n, (one, other) in enumerate(itertools.product(WORDS, repeat=2))]
+    return {
+        name: value.numpy() for name, value in train_recogniser(clips, ranks, seed=0, num_steps=3).state_dict().items()
+    }
+
+
+def test_ranks_train_the_same_recogniser_together():
+    (alone,) = run_ranks(1, weights_on)
+    for found in (rank for world in (2, 3) for rank in run_ranks(world, weights_on)):  # the third has no part
+        for name, value in found.items():
+            assert np.allclose(value, alone[name], atol=2e-6), name
+    assert alone["blocks.0.1.num_batches_tracked"] == 1 and np.abs(alone["blocks.0.1.running_mean"]).max() > 1e-3
 
 
 def test_words_are_counted_by_edits():
