@@ -33,7 +33,7 @@ TRAIN_EPILOG = """examples:
   omni-train train s2_general mixture.text.weight=0.3 '+mixture.more={shards: [laion/*.tar], weight: 1, layout: pairs}'
   omni-train train s2_general corpus=tuxpaint '~validation.text' '+validation.mine={shards: [mine/*.tar]}'
   omni-train train s1_encoders '~stage.components.audio_adapter' +init.all=runs/tiny/s1_adapters/export
-  torchrun --nproc-per-node 8 -m omni_train.cli train s2_general model=small engine=zero1_ep8
+  torchrun --nproc-per-node 8 -m omni_train.cli train s2_general model=small engine=zero1_ep8 data.lanes=8
 
 Killed or stopped, the same command goes on from the newest checkpoint of run_dir. TERM and USR1 save first, then end
 with status 85. Values lie in conf/STAGE.yaml and its groups conf/{model,corpus,mixture,validation,engine}/.
@@ -42,7 +42,7 @@ with status 85. Values lie in conf/STAGE.yaml and its groups conf/{model,corpus,
 RUN_EPILOG = """examples:
   omni-train run recipes/tiny.yaml
   omni-train run recipes/tiny.yaml run_dir=runs/second seed=1
-  omni-train run recipes/tiny.yaml run_dir=runs/small model=small engine=gpu1
+  omni-train run recipes/tiny.yaml run_dir=runs/gpu engine=gpu1 engine.precision=fp32
 
 The same command goes on where it was stopped. A stage writes run_dir/STAGE/; results and report lie in run_dir.
 """
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(
         prog="omni-train",
-        description="Train a Qwen3-Omni-class model: encoders, S1, S2, S3, from shards to a transformers folder.",
+        description="Train a Qwen3-Omni-class model whole, from shards to a transformers folder.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("stage", help=f"one of: {', '.join(configuration.available())}")
     plan.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. model=qwen3_omni_30b_a3b")
 
-    what = "held-out capabilities, each beside a control with swapped media"
+    what = "held-out capabilities, each beside a control that cannot know"
     evaluate = commands.add_parser("eval", help=what, description=what, epilog=EVAL_EPILOG, formatter_class=raw)
     evaluate.add_argument("folder", help="a recipe's run folder, or one export folder")
     evaluate.add_argument("--recipe", default="recipes/tiny.yaml", help="the recipe with tasks, model and engine")

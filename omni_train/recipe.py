@@ -104,6 +104,7 @@ class Recipe:
     baseline: str = ""
 
     def stage(self, name: str) -> RecipeStage:
+        """Raises ConfigError for a stage that the recipe does not have."""
         for stage in self.stages:
             if stage.stage == name:
                 return stage
@@ -125,6 +126,7 @@ class Recipe:
         return names
 
     def source_of(self, task: str) -> str:
+        """The source that holds a task. Raises ConfigError for a task that the recipe does not have."""
         for source, tasks in self.tasks.items():
             if task in tasks:
                 return source

@@ -236,7 +236,8 @@ def plan_ood(folder: Path) -> list[PlannedSample]:
             words = [word for word in said.split() if word not in ("<s>", "</s>")]
             texts[f"{part}/{name.rstrip(')')}"] = folder / part / f"{name.rstrip(')')}.wav", " ".join(words).lower()
     question = prefixed("en", "spoken_caption")
-    return [
-        ask("spoken_ood", "en", question, text, {"a.flac": Recordings((path,))}, speaker=name.partition("/")[0])
-        for name, (path, text) in sorted(texts.items())
-    ]
+    found = []
+    for name, (path, text) in sorted(texts.items()):
+        facts = {"speaker": name.partition("/")[0], "license": OOD_LICENSE}
+        found.append(ask("spoken_ood", "en", question, text, {"a.flac": Recordings((path,))}, **facts))
+    return found

@@ -96,7 +96,7 @@ class StageConfig:
     code_noise: float = 0.0  # talker only: share of the codes read that are random; the key to unseen combinations
     dpo_beta: float = 0.1  # talker_dpo only: how far from the reference a preference may lead
     dpo_sft_weight: float = 0.0  # talker_dpo only: of the loss of the chosen replies, code by code
-    yarn_factor: float = 1.0  # > 1 switches YaRN on, original context = context / factor
+    yarn_factor: float = 1.0  # > 1 switches YaRN on: this many times model.text.max_position_embeddings
     rollout: RolloutConfig | None = None  # learn from sampled answers to the data's prompts, not from its replies
     distillation: DistillationConfig | None = None
     gspo: GspoConfig | None = None

@@ -1,7 +1,7 @@
 """Conversations as text: the content of a sample → pieces of ChatML, each with or without loss, each with at most one
 medium.
 
-    content ──render──▶ [Piece] ──token_pieces──▶ ids and loss, piece by piece, media placeholders not yet expanded
+    content ──render──▶ [Piece] ──tokenize──▶ ids and loss, piece by piece, media placeholders not yet expanded
 
 The text of all pieces joined is what Qwen3-Omni's chat template gives for the messages (no default system prompt),
 and the tokens of all pieces joined are the tokens of that text: pieces are cut only where the tokenizer cuts as well.
@@ -303,11 +303,6 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def count_text_tokens(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the rendered pieces that are no media placeholder (markers around placeholders count)."""
     return sum(len(tokenize(piece.text, tokenizer)) - (piece.media is not None) for piece in pieces)
-
-
-def member_names(content: dict[str, Any]) -> list[str]:
-    """Names of the media members in the order in which the text mentions them."""
-    return [piece.media for piece in render(content) if piece.media is not None]
 
 
 def modality_of(content: dict[str, Any]) -> str:

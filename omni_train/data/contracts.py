@@ -68,7 +68,7 @@ class Sample:
     """One sample read from a shard, undecoded. ``members`` maps an extension ("json", "a.flac") to raw bytes.
 
     ``content`` is what they say by the layout of the source (see data/README.md): ``messages`` or ``text``, optional
-    ``task, lang, speaker, license, talker_system``.
+    ``task, lang, speaker, license, talker_system, tools, pattern``.
     """
 
     source: str

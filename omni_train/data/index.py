@@ -226,7 +226,8 @@ def _media_row(facts: MediaFacts) -> list[Any]:
 def _stale(shard: str | Path, what: str, layout: str) -> DataError:
     folder = str(shard).rpartition("/")[0] or "."
     options = " with the layout options of its source" if layout else ""
-    message = f"{index_path(shard, layout)}: the index {what}; run `omni-train data index {folder}`{options}"
+    command = f"omni-train data index {folder} --tokenizer TOKENIZER"
+    message = f"{index_path(shard, layout)}: the index {what}; run `{command}`{options}"
     return DataError(message, shard=str(shard))
 
 

@@ -58,7 +58,7 @@ def test_index_holds_ranges_tokens_and_media_and_survives_the_file(tmp_path):
 
 def test_missing_stale_and_damaged_indexes_name_the_command(tmp_path):
     (shard,) = write_shards(tmp_path, ["a", "b"])
-    command = f"run `omni-train data index {tmp_path}`"
+    command = f"run `omni-train data index {tmp_path} --tokenizer TOKENIZER`"
     with pytest.raises(DataError, match=f"index is missing; {command}"):
         load_index(shard)
     save_index(shard, build_index(shard, describe, "tok-1"))

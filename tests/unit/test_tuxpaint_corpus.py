@@ -225,6 +225,7 @@ def test_out_of_domain_speech_is_heldout_alone(samples):
     ood = [sample for sample in samples if sample["source"] == "ood_speech"]
     assert [answer(sample) for sample in ood] == ["ten of clubs", "ten of clubs"]
     assert {sample["split"] for sample in ood} == {"heldout"}
+    assert {sample["json"]["license"] for sample in ood} == {"BSD-2-Clause"}
 
 
 def test_the_same_bytes_come_out_again(root, corpus, tmp_path, monkeypatch):
