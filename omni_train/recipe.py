@@ -104,7 +104,7 @@ class Recipe:
     baseline: str = ""
 
     def stage(self, name: str) -> RecipeStage:
-        """Raises ConfigError for a stage that the recipe does not have."""
+        """The stage of this name. Raises ConfigError for one that the recipe does not have."""
         for stage in self.stages:
             if stage.stage == name:
                 return stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,25 @@ def test_a_gain_is_the_errors_of_the_start_less_those_of_the_export(by_hand):
     assert after == pytest.approx(before / 2) and after < before  # one of the two replies is now right
     low, high = found.figures["dpo_gain_low"], found.figures["dpo_gain_high"]
     assert 0.0 <= low <= before - after <= high
+
+
+@pytest.mark.parametrize(("has_pitch", "expected"), [(True, (220.0, 200.0)), (False, (None, None))])
+def test_pitches_are_read_only_where_they_are_asked_for(has_pitch, expected, monkeypatch):
+    speaker = SimpleNamespace(
+        talker=SimpleNamespace(talker=SimpleNamespace(codec_head=torch.nn.Linear(1, 1))),
+        codes=lambda samples, generator: [None] * len(samples),
+        waves=lambda codes: (torch.full((len(codes), 480), 220.0), [240] * len(codes)),
+    )
+    read: list[tuple[int, float]] = []
+    monkeypatch.setattr(speaking, "codec_mel", lambda waves: waves)
+    monkeypatch.setattr(speaking, "clips_of", lambda samples: [SimpleNamespace(text="red", wave=np.full(360, 200.0))])
+    monkeypatch.setattr(speaking, "median_pitch", lambda wave: read.append((len(wave), wave[0])) or float(wave[0]))
+    listener = SimpleNamespace(hear=lambda mel, lengths: ["rad"])
+    sample = SimpleNamespace(content={"speaker": "low"})
+    (heard,) = speaking.hear_replies(speaker, listener, [sample], has_pitch=has_pitch)
+    assert (heard.text, heard.said, heard.speaker) == ("rad", "red", "low")
+    found = tuple(None if hz != hz else hz for hz in (heard.pitch, heard.original_pitch))
+    assert found == expected and read == ([(240, 220.0), (360, 200.0)] if has_pitch else [])
 
 
 @pytest.mark.parametrize(("heat", "expected"), [(1.0, (0.9, 1.0)), (0.5, (0.45, 0.5)), (None, (0.0, 0.0))])
