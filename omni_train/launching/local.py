@@ -66,7 +66,8 @@ def run_ranks(command: list[str], engine: EngineConfig) -> int:
                 for rank in range(engine.num_processes):
                     own = {"RANK": str(rank), "LOCAL_RANK": str(rank), FAILURES: failures}
                     ranks.append(context.Process(target=_as_rank, args=(command, address | own), name=f"rank {rank}"))
-                    ranks[-1].start()
+                    with _signals_held():
+                        ranks[-1].start()
                 failed = _wait_for_first_failure(ranks)
             finally:
                 _end(ranks)
@@ -96,6 +97,7 @@ def _as_rank(command: list[str], environment: dict[str, str]) -> None:
     os.environ |= environment
     for number in PASSED_ON:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     try:
         run_command(command)
     except SystemExit:
@@ -161,6 +163,16 @@ def _passing_signals_to(ranks: list[ForkProcess]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Around a fork: a signal to a rank that still has its starter's handlers waits until it has its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for_first_failure(ranks: list[ForkProcess]) -> int | None:
