@@ -86,16 +86,23 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def group_name(self) -> str:
         return dist.distributed_c10d._world.pg_names[self]
 
-    def _exchange(self, payload: Tensor, splits: list[int] | None, take: Take) -> None:
-        """Say ``payload`` (bytes) to all ranks, or its consecutive ``splits`` to one each, and take what they say."""
+    def _exchange(self, payload: Tensor, splits: list[int] | None, take: Take, is_own_shared: bool = False) -> None:
+        """Say ``payload`` (bytes) to all ranks, or its consecutive ``splits`` to one each, and take what they say.
+
+        What a rank says to itself alone is read where it lies, unless ``is_own_shared``: then it is safe to write to
+        the payload's memory while the ranks' parts are taken.
+        """
         if self._size == 1:
             take(0, 0, payload)
             return
+        own_start, own_stop = (0, 0) if splits is None or is_own_shared else own_part(splits, self._rank)
         for begin in itertools.count(0, SLOT_BYTES):
             turn = self._number % 2
             self._number += 1
-            mine, header = payload[begin : begin + SLOT_BYTES], self._headers[turn][self._rank]
-            self._slots[turn][self._rank, : len(mine)].copy_(mine)
+            end, header = begin + SLOT_BYTES, self._headers[turn][self._rank]
+            for low, high in ((begin, min(end, own_start)), (max(begin, own_stop), min(end, len(payload)))):
+                if low < high:
+                    self._slots[turn][self._rank, low - begin : high - begin].copy_(payload[low:high])
             header[0] = len(payload)
             for peer, length in enumerate(splits or ()):
                 header[1 + peer] = length
@@ -104,12 +111,13 @@ class SharedMemoryGroup(dist.ProcessGroup):
             longest = 0
             for peer, (total, *parts) in enumerate(self._headers[turn]):
                 longest = max(longest, total)
-                start = 0 if splits is None else sum(parts[: self._rank])
-                stop = total if splits is None else start + parts[self._rank]
-                low, high = max(start, begin), min(stop, begin + SLOT_BYTES)
+                start, stop = (0, total) if splits is None else own_part(parts, self._rank)
+                low, high = max(start, begin), min(stop, end)
                 if low < high:
-                    take(peer, low - start, self._slots[turn][peer, low - begin : high - begin])
-            if begin + SLOT_BYTES >= longest:
+                    is_own = peer == self._rank and not is_own_shared
+                    said = payload[low:high] if is_own else self._slots[turn][peer, low - begin : high - begin]
+                    take(peer, low - start, said)
+            if end >= longest:
                 return
 
     def _wait(self) -> None:
@@ -149,13 +157,21 @@ class SharedMemoryGroup(dist.ProcessGroup):
         flat = contiguous(out)
         target, is_average = flat.view(-1), op == dist.ReduceOp.AVG
         combine = torch.add if is_average else COMBINE[op]
+        first = target
 
         def take(peer: int, start: int, values: Tensor) -> None:
-            typed, first = values.view(out.dtype), start // out.element_size()
-            part = target[first : first + len(typed)]
-            part.copy_(typed) if peer == 0 else combine(part, typed, out=part)
+            nonlocal first
+            typed, begin = values.view(out.dtype), start // out.element_size()
+            part = target[begin : begin + len(typed)]
+            if self._size == 1:
+                part.copy_(typed)
+            elif peer == 0:
+                first = typed
+            else:
+                combine(first if peer == 1 else part, typed, out=part)
 
-        self._exchange(payload, splits, take)
+        # The first write to ``out`` reads the parts of ranks 0 and 1; theirs may lie in it.
+        self._exchange(payload, splits, take, is_own_shared=self._rank > 1)
         if is_average:
             flat.div_(self._size)
         if flat.data_ptr() != out.data_ptr():
@@ -171,8 +187,12 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def reduce(self, tensors: list[Tensor], opts: dist.ReduceOptions) -> Work:
         for tensor in tensors:
-            target = tensor if self._rank == opts.rootRank else tensor.clone()
-            self._reduce(target, as_bytes(tensor), None, opts.reduceOp.op)
+            payload = as_bytes(tensor)
+            lengths = [len(payload) if peer == opts.rootRank else 0 for peer in range(self._size)]
+            if self._rank == opts.rootRank:
+                self._reduce(tensor, payload, lengths, opts.reduceOp.op)
+            else:
+                self._exchange(payload, lengths, lambda *_: None)
         return done(tensors)
 
     def reduce_scatter_single(
@@ -266,6 +286,12 @@ COMBINE = {
     dist.ReduceOp.MIN: torch.minimum,
     dist.ReduceOp.PRODUCT: torch.mul,
 }
+
+
+def own_part(lengths: list[int], rank: int) -> tuple[int, int]:
+    """(first, behind the last) of the part of ``rank`` among consecutive parts of these lengths."""
+    start = sum(lengths[:rank])
+    return start, start + lengths[rank]
 
 
 def contiguous(tensor: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import platform
 import statistics
@@ -228,57 +227,70 @@ def turns(config: RunConfig, num_steps: int, num_rounds: int, peer: str) -> None
         print(f"{peer} was not measured: it needs `pip install accelerate`")
 
 
+class Job:
+    """Processes that each wait for a word to take steps: ``world`` ranks of one job, or of ``number`` jobs at once."""
+
+    def __init__(self, stage: str, overrides: list[str], number: int, world: int) -> None:
+        parallel = [f"engine.num_processes={world}", f"engine.expert_parallel={world}"]
+        self.processes: list[subprocess.Popen] = []
+        for job in range(number):
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+            own_folder = [f"run_dir={tempfile.mkdtemp()}"] if job else []
+            for rank in range(world):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), STEP_OF_RANK: f"{job}/{number}"}
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, "--stage", stage, *overrides, *parallel, *own_folder],
+                        env={**os.environ, **address, **place},
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                    )
+                )
+        self.world = world
+        self.rate(4)  # warm up
+
+    def rate(self, num_steps: int) -> float:
+        """Tokens a second of all its jobs over so many steps."""
+        for process in self.processes:
+            print(num_steps, file=process.stdin, flush=True)
+        lines = [process.stdout.readline() for process in self.processes]
+        if not all(lines):
+            raise RuntimeError("a rank failed")
+        return sum(map(float, lines[:: self.world]))
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
 def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: int, num_rounds: int) -> None:
     """One rank, ``num_ranks`` with expert parallelism over them, and as many processes of one rank each that know
-    nothing of each other, by turns, all in fresh processes. The last is what the machine allows."""
-    by_round = []
-    for _ in range(num_rounds):
-        both = [*overrides, f"engine.num_processes={num_ranks}", f"engine.expert_parallel={num_ranks}"]
-        one = [*overrides, "engine.num_processes=1", "engine.expert_parallel=1"]
-        alone, beside = (sum(_rates(stage, one, [1] * number, num_steps)) for number in (1, num_ranks))
-        together = _rates(stage, both, [num_ranks], num_steps)[0]
-        by_round.append((together / alone, beside / alone))
-        rates = f"1 rank {alone:,.0f}, {num_ranks} ranks {together:,.0f}, {num_ranks} apart {beside:,.0f}"
-        print(f"  {rates} tokens/s", flush=True)
-    ratio, ceiling = (statistics.median(each) for each in zip(*by_round, strict=True))
-    print(f"{num_ranks} ranks with expert parallelism {num_ranks} / one rank {ratio:.2f}")
-    print(f"{num_ranks} unconnected processes / one {ceiling:.2f}")
+    nothing of each other, by turns. The last is what the machine allows."""
+    jobs = [Job(stage, overrides, number, world) for number, world in ((1, 1), (1, num_ranks), (num_ranks, 1))]
+    rounds = []
+    for number in range(num_rounds):
+        order = (0, 1, 2) if number % 2 else (2, 1, 0)
+        rates = {at: jobs[at].rate(num_steps) for at in order}
+        rounds.append((rates[1] / rates[0], rates[2] / rates[0]))
+        print(f"  1 rank {rates[0]:,.0f}, {num_ranks} ranks {rates[1]:,.0f}, {num_ranks} apart {rates[2]:,.0f} tokens/s")
+    for job in jobs:
+        job.end()
+    together, apart = ([statistics.quantiles(each, n=4) for each in zip(*rounds, strict=True)])
+    for what, (low, middle, high) in (("with expert parallelism", together), ("unconnected", apart)):
+        print(f"{num_ranks} ranks {what} / one rank {middle:.2f} (quartiles of {num_rounds} rounds {low:.2f}, {high:.2f})")
 
 
-def _rates(stage: str, overrides: list[str], worlds: list[int], num_steps: int) -> list[float]:
-    """Tokens a second of jobs of so many ranks that run at once."""
-    command = [sys.executable, __file__, "--stage", stage, "--steps", str(num_steps), *overrides]
-    processes = []
-    for job, world in enumerate(worlds):
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-        for rank in range(world):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), STEP_OF_RANK: f"{job}/{len(worlds)}"}
-            processes.append(
-                subprocess.Popen(
-                    [*command, *([f"run_dir={tempfile.mkdtemp()}"] if job else [])],
-                    env={**os.environ, **address, **own},
-                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                )
-            )
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.wait() for process in processes):
-        raise RuntimeError("a rank failed")
-    return [float(json.loads(output.splitlines()[-1])["tokens_per_second"]) for output in outputs if output is not None]
-
-
-def as_rank(config: RunConfig, num_steps: int) -> None:
-    """One rank of ``ranks_in_turn``: its rate as a JSON line."""
+def as_rank(config: RunConfig) -> None:
+    """One process of a Job: at each number on its input, so many steps, and their rate in tokens a second."""
     bind_to_processors(*map(int, os.environ[STEP_OF_RANK].split("/")))  # jobs, as ranks are
     with contextlib.redirect_stdout(io.StringIO()):
         ours = Ours(config)
-    for _ in range(4):
-        ours.step()
-    before, started = ours.trainer.position.tokens, time.perf_counter()
-    for _ in range(num_steps):
-        ours.step()
-    rate = (ours.trainer.position.tokens - before) / (time.perf_counter() - started)
-    print(json.dumps({"tokens_per_second": rate}), flush=True)
-    os._exit(0)  # nothing to save; the peers may have left
+    for line in sys.stdin:
+        before, started = ours.trainer.position.tokens, time.perf_counter()
+        for _ in range(int(line)):
+            ours.step()
+        print((ours.trainer.position.tokens - before) / (time.perf_counter() - started), flush=True)
 
 
 def main() -> None:
@@ -296,7 +308,7 @@ def main() -> None:
     own = [*single, f"run_dir={run_dir}", "wandb_mode=disabled", *options.overrides]
     config = configuration.load(options.stage, own)
     if is_rank:
-        return as_rank(config, options.steps)
+        return as_rank(config)
     print(f"{options.stage} {' '.join(own)}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
     if options.ranks > 1:
