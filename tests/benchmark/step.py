@@ -3,14 +3,16 @@
     PYTHONPATH=. python tests/benchmark/step.py [--stage s2_general] [--steps 20] [--rounds 3] [overrides ...]
     PYTHONPATH=. python tests/benchmark/step.py --stage s3_long_context ~mixture.long_video ~validation.long_video
     PYTHONPATH=. python tests/benchmark/step.py --stage thinker_sft --peer SFTTrainer ~mixture.long_video ...
-    PYTHONPATH=. python tests/benchmark/step.py --ranks 2 [overrides ...]
+    PYTHONPATH=. python tests/benchmark/step.py --ranks 2 --steps 4 --rounds 16 [data.packs_per_lane=2 ...]
 
 All three read, decode and train on the same documents in the same order: ours and the bare loop as packs, Trainer as
 one padded batch of a step's documents. They take turns, a few steps each, so that what else runs on the machine falls
 on all; what is printed are ratios of useful tokens (padding does not count) a second. ``--ranks 2`` instead compares
 one rank with two ranks and expert parallelism 2 on the same plan, and with two unconnected processes, which is what
-the machine allows. S3's documents differ most in length. It and the SFT go without films, whose positions stock does
-not find in a padded batch. The corpus must be there (``make corpus``).
+the machine allows. With one pack of 512 tokens a lane (S2's default) what comes once a step, ZeRO's reduction and the
+optimizer's, is a tenth of it; ``data.packs_per_lane=2`` accumulates gradients. S3's documents differ most in length. It
+and the SFT go without films, whose positions stock does not find in a padded batch. The corpus must be there (``make
+corpus``).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from omni_train.data.contracts import IGNORE_INDEX, Document, PackPlan
 from omni_train.data.loader import PackReader
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine.parallel import bind_to_processors
-from omni_train.launching.local import free_port
+from omni_train.launching.local import free_port, quiet
 
 STEP_OF_RANK = "OMNI_TRAIN_BENCHMARK_RANK"
 
@@ -273,12 +275,15 @@ def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: i
         order = (0, 1, 2) if number % 2 else (2, 1, 0)
         rates = {at: jobs[at].rate(num_steps) for at in order}
         rounds.append((rates[1] / rates[0], rates[2] / rates[0]))
-        print(f"  1 rank {rates[0]:,.0f}, {num_ranks} ranks {rates[1]:,.0f}, {num_ranks} apart {rates[2]:,.0f} tokens/s")
+        alone, together, apart = (f"{rates[at]:,.0f}" for at in range(3))
+        print(f"  1 rank {alone}, {num_ranks} ranks {together}, {num_ranks} apart {apart} tokens/s", flush=True)
     for job in jobs:
         job.end()
-    together, apart = ([statistics.quantiles(each, n=4) for each in zip(*rounds, strict=True)])
-    for what, (low, middle, high) in (("with expert parallelism", together), ("unconnected", apart)):
-        print(f"{num_ranks} ranks {what} / one rank {middle:.2f} (quartiles of {num_rounds} rounds {low:.2f}, {high:.2f})")
+    for what, ratios in zip(
+        (f"expert parallelism {num_ranks}", "no connection"), zip(*rounds, strict=True), strict=True
+    ):
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{num_ranks} ranks, {what} / one rank {middle:.2f}; quartiles {low:.2f} and {high:.2f}")
 
 
 def as_rank(config: RunConfig) -> None:
@@ -302,6 +307,9 @@ def main() -> None:
     parser.add_argument("--peer", choices=["Trainer", "SFTTrainer"], default="Trainer", help="transformers' or TRL's")
     parser.add_argument("overrides", nargs="*", help="e.g. model=small stage.context=2048")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2: what is printed is the median of rounds")
+    quiet()
     is_rank = STEP_OF_RANK in os.environ
     single = [] if is_rank else ["engine=cpu1"]
     run_dir = Path(tempfile.gettempdir()) / "omni-train-benchmark" / options.stage
