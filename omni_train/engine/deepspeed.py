@@ -57,9 +57,9 @@ def deepspeed_config(
     if is_trained:
         # overlap_comm needs streams; on CPU it only adds copies.
         config["zero_optimization"] |= {"overlap_comm": engine.device == "cuda", "contiguous_gradients": True}
-        # A buffer of this size is made at every backward.
-        # Each rank's share to it alone: all of it to all would be twice the bytes, where copies are what it costs.
+        # On CPU each rank's share goes to it alone: all of it to all is twice the copies, which are what it costs.
         config["zero_optimization"]["use_multi_rank_bucket_allreduce"] = engine.device == "cuda"
+        # A buffer of this size is made at every backward.
         config["zero_optimization"]["reduce_bucket_size"] = min(num_trained, BUCKET_NUMBERS[engine.device])
         config["gradient_clipping"] = stage.grad_clip
         config["optimizer"] = {

@@ -157,16 +157,18 @@ class SharedMemoryGroup(dist.ProcessGroup):
         flat = contiguous(out)
         target, is_average = flat.view(-1), op == dist.ReduceOp.AVG
         combine = torch.add if is_average else COMBINE[op]
-        first = target
+        first, first_begin = target, 0
 
         def take(peer: int, start: int, values: Tensor) -> None:
-            nonlocal first
+            nonlocal first, first_begin
             typed, begin = values.view(out.dtype), start // out.element_size()
             part = target[begin : begin + len(typed)]
+            if len(typed) != len(part) or (peer == 1 and (len(typed), begin) != (len(first), first_begin)):
+                raise RuntimeError(f"rank {peer} reduces more or fewer values than another rank: shapes must be alike")
             if self._size == 1:
                 part.copy_(typed)
             elif peer == 0:
-                first = typed
+                first, first_begin = typed, begin
             else:
                 combine(first if peer == 1 else part, typed, out=part)
 

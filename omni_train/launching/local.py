@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import TracebackType
@@ -61,16 +61,15 @@ def run_ranks(command: list[str], engine: EngineConfig) -> int:
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="omni-train-") as failures:
         ranks: list[ForkProcess] = []
-        with _passing_signals_to(ranks):
-            try:
+        with ExitStack() as stack:
+            with _signals_held():
+                stack.enter_context(_passing_signals_to(ranks))
+                stack.callback(_end, ranks)
                 for rank in range(engine.num_processes):
                     own = {"RANK": str(rank), "LOCAL_RANK": str(rank), FAILURES: failures}
                     ranks.append(context.Process(target=_as_rank, args=(command, address | own), name=f"rank {rank}"))
-                    with _signals_held():
-                        ranks[-1].start()
-                failed = _wait_for_first_failure(ranks)
-            finally:
-                _end(ranks)
+                    ranks[-1].start()
+            failed = _wait_for_first_failure(ranks)
         if failed is None:
             return 0
         code = ranks[failed].exitcode or 0
@@ -97,8 +96,8 @@ def _as_rank(command: list[str], environment: dict[str, str]) -> None:
     os.environ |= environment
     for number in PASSED_ON:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         run_command(command)
     except SystemExit:
         raise
@@ -167,7 +166,7 @@ def _passing_signals_to(ranks: list[ForkProcess]) -> Iterator[None]:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Around a fork: a signal to a rank that still has its starter's handlers waits until it has its own."""
+    """While ranks are forked: a signal waits until all are there, one to a rank until it has its own handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     try:
         yield

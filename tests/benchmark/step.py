@@ -10,7 +10,7 @@ one padded batch of a step's documents. They take turns, a few steps each, so th
 on all; what is printed are ratios of useful tokens (padding does not count) a second. ``--ranks 2`` instead compares
 one rank with two ranks and expert parallelism 2 on the same plan, and with two unconnected processes, which is what
 the machine allows. With one pack of 512 tokens a lane (S2's default) what comes once a step, ZeRO's reduction and the
-optimizer's, is a tenth of it; ``data.packs_per_lane=2`` accumulates gradients. S3's documents differ most in length. It
+optimizer's, is a sixth of it; ``data.packs_per_lane=2`` accumulates gradients. S3's documents differ most in length. It
 and the SFT go without films, whose positions stock does not find in a padded batch. The corpus must be there (``make
 corpus``).
 """
@@ -23,6 +23,7 @@ import importlib.util
 import io
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -256,7 +257,12 @@ class Job:
         """Tokens a second of all its jobs over so many steps."""
         for process in self.processes:
             print(num_steps, file=process.stdin, flush=True)
-        lines = [process.stdout.readline() for process in self.processes]
+        lines = []
+        for process in self.processes:
+            while not select.select([process.stdout], [], [], 1.0)[0]:
+                if any(other.poll() is not None for other in self.processes):
+                    raise RuntimeError("a rank failed")
+            lines.append(process.stdout.readline())
         if not all(lines):
             raise RuntimeError("a rank failed")
         return sum(map(float, lines[:: self.world]))
@@ -282,7 +288,7 @@ def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: i
     for what, ratios in zip(
         (f"expert parallelism {num_ranks}", "no connection"), zip(*rounds, strict=True), strict=True
     ):
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         print(f"{num_ranks} ranks, {what} / one rank {middle:.2f}; quartiles {low:.2f} and {high:.2f}")
 
 
@@ -307,8 +313,8 @@ def main() -> None:
     parser.add_argument("--peer", choices=["Trainer", "SFTTrainer"], default="Trainer", help="transformers' or TRL's")
     parser.add_argument("overrides", nargs="*", help="e.g. model=small stage.context=2048")
     options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error("--rounds must be at least 2: what is printed is the median of rounds")
+    if options.ranks > 1 and options.rounds < 2:
+        parser.error("--rounds must be at least 2: what is printed are quartiles of rounds")
     quiet()
     is_rank = STEP_OF_RANK in os.environ
     single = [] if is_rank else ["engine=cpu1"]

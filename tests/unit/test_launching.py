@@ -58,7 +58,7 @@ def test_a_rank_that_has_hardly_started_ends_too(rank_program, monkeypatch: pyte
     forks: list[int] = []
     os.register_at_fork(
         before=lambda: forks.append(0) if forks else None,  # the list is empty when no test asks
-        after_in_child=lambda: time.sleep(0.5) if len(forks) == 2 else None,  # rank 0; the other fails meanwhile
+        after_in_child=lambda: time.sleep(2.0) if len(forks) == 2 else None,  # rank 0; the other fails meanwhile
     )
     monkeypatch.setattr(local, "GRACE_SEC", 60.0)
     rank_program("if rank == 1:\n    sys.exit(3)\ntime.sleep(60)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 
 import pytest
@@ -89,11 +90,30 @@ def everything(ranks: Ranks) -> list[str]:
     reduced = values(rank, 4)
     dist.reduce(reduced, dst=0)
     check("reduce", reduced, sum_of_all(world) if rank == 0 else values(rank, 4))
+    for root in range(world):
+        for op, combine in ((dist.ReduceOp.SUM, torch.add), (dist.ReduceOp.MAX, torch.maximum)):
+            reduced = values(rank, LARGE)
+            dist.reduce(reduced, dst=root, op=op)
+            expected = functools.reduce(combine, [values(peer, LARGE) for peer in range(world)])
+            check(f"{op} to rank {root}", reduced, expected if rank == root else values(rank, LARGE))
+    whole = values(rank, world, LARGE)
+    dist.reduce_scatter_tensor(whole[rank], whole.flatten())
+    total = functools.reduce(torch.add, [values(peer, world, LARGE) for peer in range(world)])
+    check("reduce-scatter in place", whole[rank], total[rank])
+    mine = values(rank, LARGE)
+    dist.all_reduce(mine, op=dist.ReduceOp.AVG)
+    check("average", mine, functools.reduce(torch.add, [values(peer, LARGE) for peer in range(world)]) / world)
     pair = dist.new_group([0, 1])
     if rank < 2:
         mine = torch.tensor([rank + 1.0])
         dist.all_reduce(mine, group=pair)
         check("group of two", mine, torch.tensor([3.0]))
+    last = dist.new_group([world - 2, world - 1])
+    if rank >= world - 2:
+        reduced = values(rank, 4)
+        dist.reduce(reduced, dst=world - 1, group=last)
+        expected = values(world - 2, 4) + values(world - 1, 4) if rank == world - 1 else values(rank, 4)
+        check("reduce in a group of two", reduced, expected)
     said: list = [None] * world
     dist.all_gather_object(said, {"rank": rank, "text": "ü" * (rank * 1_000_000)})
     if [(found["rank"], len(found["text"])) for found in said] != [(n, n * 1_000_000) for n in range(world)]:
@@ -169,3 +189,17 @@ def test_ranks_of_several_machines_use_gloo(monkeypatch):
     assert shared_memory.is_usable(2) and not shared_memory.is_usable(4)
     monkeypatch.setattr(shared_memory.platform, "machine", lambda: "aarch64")
     assert not shared_memory.is_usable(2)
+
+
+def sizes_differ(ranks: Ranks) -> str:
+    """Rank 1 reduces a slot more than rank 0, which has nothing in the last round."""
+    try:
+        dist.all_reduce(torch.ones(LARGE + ranks.rank * shared_memory.SLOT_BYTES))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_reductions_of_different_sizes_are_an_error():
+    for message in run_ranks(2, sizes_differ):
+        assert message.endswith("reduces more or fewer values than another rank: shapes must be alike")
