@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import signal
-import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from omni_train.config import RunConfig, Schedule, StageConfig, to_dict
 from omni_train.data.contracts import BadSample, Pack
 from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline
+from omni_train.data.planner import exhausted
 from omni_train.engine import checkpoint, parallel
 from omni_train.engine.deepspeed import GradientGuard, set_learning_rates
 from omni_train.engine.export import export
@@ -34,7 +33,9 @@ from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.heldout import heldout_losses
 from omni_train.models.moe import expert_health
 from omni_train.objectives.terms import Losses
+from omni_train.reporting.environment import describe_environment
 from omni_train.reporting.metrics import MetricsWriter
+from omni_train.reporting.mixture import MixtureLog
 from omni_train.reporting.progress import Progress
 from omni_train.reporting.results import add_stage
 from omni_train.stage import build_stage, origin
@@ -76,6 +77,7 @@ class Trainer:
         self.loader = self.data.loader(ranks.rank, ranks.world)
         for source in config.validation.values():
             self.data.indexed(source)
+        self.mixture = MixtureLog(self.folder, is_writer=ranks.is_main)
         self.bad_samples = self.data.bad_sample_log(self.folder / "bad_samples.jsonl")
         micro_batches = math.ceil(config.data.lanes / ranks.world) * config.data.packs_per_lane
         if config.stage.rollout is not None:  # what the planner's packs hold then are prompts
@@ -215,9 +217,8 @@ class Trainer:
             part.load_state_dict(parts[name])
         self.position = Position(**state["position"])
         changes = self.loader.load_state_dict(state["planner"], self.config.data.resume_policy)
-        if self.ranks.is_main and changes:
-            with open(self.folder / "mixture.jsonl", "a") as file:
-                file.writelines(json.dumps(change) + "\n" for change in changes)
+        dry = exhausted(self.loader.state_dict())
+        self.mixture.resume(weights(self.config), self.position.step, changes, dry)
         if self.fractions is not None:
             self.fractions = torch.tensor(state["fractions"], device=self.ranks.device)
         return True
@@ -310,6 +311,7 @@ def train(config: RunConfig) -> None:
             packs = trainer.batches.next_step()
         except OutOfData:
             break
+        trainer.mixture.note_exhausted(exhausted(trainer.loader.state_dict()), position.step)
         before = position.tokens
         metrics = trainer.step(packs, stop.seen)
         if config.eval_every_steps and position.step % config.eval_every_steps == 0:
@@ -367,16 +369,19 @@ def starting_with(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
 
 
+def weights(config: RunConfig) -> dict[str, Any]:
+    """Weight or schedule of each source of the mixture."""
+    return {name: source.weight for name, source in config.mixture.items()}
+
+
 def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
     """Write the resolved configuration, the mixture and the environment into the run folder; print what trains."""
     folder = trainer.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    mixture = {name: source.weight for name, source in config.mixture.items()}
-    with open(folder / "mixture.jsonl", "a" if is_resumed else "w") as file:
-        event = "resume" if is_resumed else "start"
-        file.write(json.dumps({"event": event, "step": trainer.position.step, "weights": mixture}) + "\n")
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+    if not is_resumed:
+        trainer.mixture.start(weights(config), trainer.position.step)
+    (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
     for name, source in trainer.loader.planner.stats()["sources"].items():
         if source["left_out"]:
             what = f"samples are longer than stage.context ({config.stage.context:,} tokens) and left out"
@@ -385,14 +390,3 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
         state = f"lr {line.lr:g}" if line.is_trained else "frozen"
         where = origin(config, line.component)
         print(f"  {line.component:<16} {line.num_parameters:>14,} parameters  {state:<10} {where}".rstrip(), flush=True)
-
-
-def environment() -> dict[str, str]:
-    """Versions and git commit that a run was made with."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "deepspeed", "webdataset", "hydra-core", "tokenizers", "numpy")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
-    return {name: version(name) for name in names} | {"git_commit": commit, "cpu_count": str(os.cpu_count())}

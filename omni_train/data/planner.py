@@ -20,7 +20,7 @@ from omni_train.data.mixture import OutOfData, PackedShares, TokenMixture, Weigh
 from omni_train.data.order import LaneCursor, Source, SourceOrder, is_usable
 from omni_train.data.packing import BestFitPacker, first_fit
 
-__all__ = ["POLICIES", "OutOfData", "Planner", "Source", "count_left_out", "plan_once"]
+__all__ = ["POLICIES", "OutOfData", "Planner", "Source", "exhausted", "plan_once"]
 
 STATE_VERSION = 1
 SLACK_PART = 200
@@ -56,15 +56,13 @@ class _Lane:
         self.packer = BestFitPacker(context, num_bins, slack=context // SLACK_PART, cost=imbalance)
         self.num_documents = [0] * len(orders)
 
-    def next_pack(self, events: list[dict[str, Any]], orders: list[SourceOrder]) -> list[Item]:
+    def next_pack(self) -> list[Item]:
         """The items of the lane's next pack; what is left in open bins once every source is exhausted; then []."""
         mixture = self.mixture
         while (source := mixture.choose()) >= 0:
             document = self.cursors[source].next_document()
             if document is None:
                 mixture.retire(source)
-                event = {"event": "exhausted", "source": orders[source].source.name, "lane": self.number}
-                events.append(event | {"tokens": mixture.drawn[source]})
                 continue
             tokens = document[3] - document[2]
             mixture.charge(source, tokens)
@@ -80,8 +78,7 @@ class Planner:
 
     ``context`` tokens a pack; ``lanes`` fixed for the run, at least the number of data-parallel ranks;
     ``packs_per_lane`` a step; ``block_size`` neighbouring samples of a shard stay together up to the shuffle of
-    ``window`` samples inside a lane; ``num_bins`` open packs a lane. ``events`` collects one dict for each source that
-    a lane has exhausted.
+    ``window`` samples inside a lane; ``num_bins`` open packs a lane.
     """
 
     def __init__(
@@ -110,7 +107,6 @@ class Planner:
         self.packs_per_lane = packs_per_lane
         self.num_bins = num_bins
         self.step = 0
-        self.events: list[dict[str, Any]] = []
         self._orders = [
             SourceOrder(source, context=context, lanes=lanes, seed=seed, block_size=block_size, window=window)
             for source in sources
@@ -135,7 +131,7 @@ class Planner:
         for lane in self._lanes:
             lane.mixture.set_weights(weights)
             for slot in range(self.packs_per_lane):
-                items = lane.next_pack(self.events, self._orders)
+                items = lane.next_pack()
                 self._packed.book(_tokens_by_source(items, len(names)))
                 documents = [DocumentPlan(names[source], *document) for source, *document in items]
                 plans.append(PackPlan(self.step, lane.number, slot, documents))
@@ -203,7 +199,6 @@ class Planner:
         self._packed.packed[:] = _by_number(state["packed"], numbers, [0] * len(self.sources))
         self.step = state["step"]
         self._num_packs = state["num_packs"]
-        self.events = []
         tokens = sum(sum(lane["drawn"]) for lane in state["lanes"])
         return [record | {"step": self.step, "tokens": tokens} for record in records]
 
@@ -230,7 +225,7 @@ class Planner:
 
 
 def plan_once(source: Source, context: int) -> list[list[DocumentPlan]]:
-    """The packs of one ordered pass over ``source``: no shuffle, first-fit, without those of count_left_out."""
+    """The packs of one ordered pass over ``source``: no shuffle, first-fit, without samples too long to be used."""
     documents = []
     for shard, usable in enumerate(is_usable(source, context)):
         for index in np.flatnonzero(usable).tolist():
@@ -241,9 +236,10 @@ def plan_once(source: Source, context: int) -> list[list[DocumentPlan]]:
     return [[documents[position] for position in positions] for positions in bins]
 
 
-def count_left_out(source: Source, context: int) -> int:
-    """Number of samples longer than ``context`` tokens that cannot be split."""
-    return sum(int((~usable).sum()) for usable in is_usable(source, context))
+def exhausted(state: dict[str, Any]) -> list[str]:
+    """Names of the sources that no lane of a planner's state draws from any more: they have reached max_epochs."""
+    is_active = [any(flags) for flags in zip(*(lane["active"] for lane in state["lanes"]), strict=True)]
+    return [source["name"] for source, active in zip(state["sources"], is_active, strict=True) if not active]
 
 
 def _describe(order: SourceOrder) -> dict[str, Any]:

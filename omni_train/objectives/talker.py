@@ -5,11 +5,13 @@ Terms: the first code of each frame and the end of speech; the residual codes th
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
-from omni_train.data.contracts import IGNORE_INDEX, MODALITIES, Pack
-from omni_train.models.moe import balance_loss_sum
+from omni_train.data.contracts import IGNORE_INDEX, Pack
+from omni_train.objectives import next_token
+from omni_train.objectives.next_token import by_modality
 from omni_train.objectives.terms import Losses, LossTerm
 
 
@@ -37,16 +39,14 @@ def talker_losses(
     losses = output["losses"]
     assert pack.speech is not None
     modality = pack.doc_modality[pack.speech.document[output["sequence"]]]
-    by_modality = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
-    by_modality[0].index_add_(0, modality, losses.detach().double() * is_real)
-    by_modality[1].index_add_(0, modality, torch.full_like(losses, is_real, dtype=torch.float64))
+    num_reported = len(losses) if pack.sample_ids else 0
     return Losses(
         [
             LossTerm(engine, "codes", losses.sum() * is_real, "codes"),
             LossTerm(engine, "residuals", output["residual_losses"].sum() * is_real, "residuals"),
             router_term(output, pack, engine, router_fractions, router_aux_coef),
         ],
-        {f"loss/{name}": by_modality[:, number] for number, name in enumerate(MODALITIES)},
+        by_modality(losses[:num_reported], modality[:num_reported]),
         output["router_counts"] * is_real,
     )
 
@@ -54,6 +54,6 @@ def talker_losses(
 def router_term(
     output: dict[str, Tensor], pack: Pack, engine: str, router_fractions: Tensor, router_aux_coef: float
 ) -> LossTerm:
-    """The balance loss of a Talker's router on a pack."""
-    aux = balance_loss_sum(output["router_probabilities"], router_fractions) * float(bool(pack.sample_ids))
-    return LossTerm(engine, "router", aux, "tokens", router_aux_coef)
+    """The balance loss of a Talker's router on a pack; zero for a pack without samples."""
+    (term,) = next_token.router_term(output, engine, router_fractions, router_aux_coef)
+    return replace(term, sum=term.sum * float(bool(pack.sample_ids)))

@@ -19,6 +19,7 @@ from typing import Any
 from omni_train.reporting.charts import Series, line_chart
 from omni_train.reporting.formatting import MISSING, format_count, format_duration, format_value, sort_modalities
 from omni_train.reporting.metrics import METRICS_FILE, read_metrics
+from omni_train.reporting.mixture import MIXTURE_FILE
 from omni_train.reporting.results import capability_rows, change_rows, is_lower_better, load_results, loss_columns
 from omni_train.reporting.style import STYLE
 
@@ -200,8 +201,8 @@ def _stage_section(folder: Path) -> str:
 
 
 def _mixture(folder: Path) -> str:
-    """Shares of the newest mixture as bars, and every change of it at a resume."""
-    path = folder / "mixture.jsonl"
+    """Shares of the newest mixture as bars, and every change: at a resume, or by a source that ran dry."""
+    path = folder / MIXTURE_FILE
     if not path.exists():
         return ""
     records = []
@@ -225,7 +226,7 @@ def _mixture(folder: Path) -> str:
         parts.append(_table(["source", "share of tokens"], rows))
     changes = [json.dumps(record, ensure_ascii=False) for record in records if "weights" not in record]
     if changes:
-        parts.append(f"<p>Changes at a resume</p><pre>{escape(chr(10).join(changes))}</pre>")
+        parts.append(f"<p>Changes</p><pre>{escape(chr(10).join(changes))}</pre>")
     return f"<h3>Mixture</h3>{''.join(parts)}" if parts else ""
 
 

@@ -12,10 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from omni_train.reporting.environment import describe_environment
 from omni_train.reporting.formatting import (
     MISSING,
     format_change,
@@ -36,7 +34,6 @@ from omni_train.reporting.metrics import decode_json, encode_json
 RESULTS_FILE = "results.json"
 LOSS_COLUMNS = 7
 """Stages in a table of losses: what fits a terminal of 110 columns."""
-PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "tokenizers", "numpy")
 LOWER_IS_BETTER = frozenset(
     {"wer", "cer", "error", "errors", "loss", "nats", "distance", "perplexity", "latency", "kl"}
 )
@@ -88,20 +85,6 @@ def add_apart(run_dir: Path, key: str, figures: dict[str, dict[str, list[float |
     results = load_results(run_dir)
     results[key] = results.get(key, {}) | figures
     _write(run_dir, results)
-
-
-def describe_environment() -> dict[str, Any]:
-    """What a result depends on outside the configuration: versions, processor count, accelerator, commit."""
-    import torch
-
-    environment: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "cpu_count": os.cpu_count(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-    installed = {dist.metadata["Name"].lower(): dist.version for dist in map(_distribution, PACKAGES) if dist}
-    return environment | installed | {"git_commit": _git_commit()}
 
 
 def render_table(results: dict[str, Any], bars: dict[str, float] | None, baseline: str = "") -> str:
@@ -250,22 +233,3 @@ def _write(run_dir: Path, results: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _distribution(name: str) -> metadata.Distribution | None:
-    try:
-        return metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the code in use, with "+dirty" after it if tracked files differ; None outside a repository."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

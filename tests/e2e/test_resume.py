@@ -47,9 +47,15 @@ def is_saving(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob("tmp_step_*"))
 
 
-def kill_when(stage: str, run_dir: Path, is_time: Callable[[], bool]) -> int:
+def kill_when(stage: str, run_dir: Path, is_time: Callable[[], bool], *extra: str) -> int:
     """Start the stage, SIGKILL all of its ranks as soon as ``is_time``; the number of steps logged by then."""
-    return kill_command(stage_command(stage, run_dir), run_dir, is_time)
+    return kill_command(stage_command(stage, run_dir, *extra), run_dir, is_time)
+
+
+def ran_dry(run_dir: Path) -> list[tuple[str, int]]:
+    """(source, after which step) of each source that reached its max_epochs, as mixture.jsonl tells it."""
+    records = [json.loads(line) for line in (run_dir / "mixture.jsonl").read_text().splitlines()]
+    return [(record["source"], record["step"]) for record in records if record["event"] == "exhausted"]
 
 
 def kill_command(command: list[str], run_dir: Path, is_time: Callable[[], bool]) -> int:
@@ -77,13 +83,16 @@ def assert_same(resumed: tuple[list[dict], str, str], straight: tuple[list[dict]
 
 
 def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    straight = finish("s1_encoders", tmp_path / "straight" / "s1_encoders")
+    limited = ("mixture.digits.max_epochs=0.34",)
+    straight = finish("s1_encoders", tmp_path / "straight" / "s1_encoders", *limited)
     records = straight[0]
     assert records[-2]["step"] == NUM_STEPS
     assert len({r["samples"] for r in records[:-1]}) == NUM_STEPS, "every step has samples of its own"
     killed = tmp_path / "killed" / "s1_encoders"
-    assert 5 <= kill_when("s1_encoders", killed, lambda: num_steps_logged(killed) >= 5) < NUM_STEPS
-    assert_same(finish("s1_encoders", killed), straight)
+    assert 7 <= kill_when("s1_encoders", killed, lambda: num_steps_logged(killed) >= 7, *limited) < NUM_STEPS
+    assert_same(finish("s1_encoders", killed, *limited), straight)
+    ((source, step),) = ran_dry(killed)
+    assert (source, step) == ran_dry(tmp_path / "straight" / "s1_encoders")[0] and source == "digits"
 
 
 @pytest.mark.slow
