@@ -218,7 +218,7 @@ class Trainer:
         self.position = Position(**state["position"])
         changes = self.loader.load_state_dict(state["planner"], self.config.data.resume_policy)
         dry = exhausted(self.loader.state_dict())
-        self.mixture.resume(weights(self.config), self.position.step, changes, dry)
+        self.mixture.resume(mixture_weights(self.config), self.position.step, changes, dry)
         if self.fractions is not None:
             self.fractions = torch.tensor(state["fractions"], device=self.ranks.device)
         return True
@@ -369,7 +369,7 @@ def starting_with(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
 
 
-def weights(config: RunConfig) -> dict[str, Any]:
+def mixture_weights(config: RunConfig) -> dict[str, Any]:
     """Weight or schedule of each source of the mixture."""
     return {name: source.weight for name, source in config.mixture.items()}
 
@@ -380,7 +380,7 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     if not is_resumed:
-        trainer.mixture.start(weights(config), trainer.position.step)
+        trainer.mixture.start(mixture_weights(config), trainer.position.step)
     (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
     for name, source in trainer.loader.planner.stats()["sources"].items():
         if source["left_out"]:

@@ -251,12 +251,25 @@ class Job:
                     )
                 )
         self.world = world
-        self.rate(4)  # warm up
+
+    def __enter__(self) -> Job:
+        try:
+            self.rate(4)  # warm up
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
     def rate(self, num_steps: int) -> float:
         """Tokens a second of all its jobs over so many steps."""
-        for process in self.processes:
-            print(num_steps, file=process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # a rank that has ended is found below
+            for process in self.processes:
+                print(num_steps, file=process.stdin, flush=True)
         lines = []
         for process in self.processes:
             while not select.select([process.stdout], [], [], 1.0)[0]:
@@ -267,24 +280,22 @@ class Job:
             raise RuntimeError("a rank failed")
         return sum(map(float, lines[:: self.world]))
 
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-
 
 def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: int, num_rounds: int) -> None:
     """One rank, ``num_ranks`` with expert parallelism over them, and as many processes of one rank each that know
     nothing of each other, by turns. The last is what the machine allows."""
-    jobs = [Job(stage, overrides, number, world) for number, world in ((1, 1), (1, num_ranks), (num_ranks, 1))]
     rounds = []
-    for number in range(num_rounds):
-        order = (0, 1, 2) if number % 2 else (2, 1, 0)
-        rates = {at: jobs[at].rate(num_steps) for at in order}
-        rounds.append((rates[1] / rates[0], rates[2] / rates[0]))
-        alone, together, apart = (f"{rates[at]:,.0f}" for at in range(3))
-        print(f"  1 rank {alone}, {num_ranks} ranks {together}, {num_ranks} apart {apart} tokens/s", flush=True)
-    for job in jobs:
-        job.end()
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            stack.enter_context(Job(stage, overrides, number, world))
+            for number, world in ((1, 1), (1, num_ranks), (num_ranks, 1))
+        ]
+        for number in range(num_rounds):
+            order = (0, 1, 2) if number % 2 else (2, 1, 0)
+            rates = {at: jobs[at].rate(num_steps) for at in order}
+            rounds.append((rates[1] / rates[0], rates[2] / rates[0]))
+            alone, together, apart = (f"{rates[at]:,.0f}" for at in range(3))
+            print(f"  1 rank {alone}, {num_ranks} ranks {together}, {num_ranks} apart {apart} tokens/s", flush=True)
     for what, ratios in zip(
         (f"expert parallelism {num_ranks}", "no connection"), zip(*rounds, strict=True), strict=True
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,16 +23,30 @@ def values(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
     return torch.randn(*shape, generator=torch.Generator().manual_seed(rank)).mul(100).to(dtype)
 
 
+Check = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Given the name of a collective, what it gave, what its definition gives."""
+
+
 def everything(ranks: Ranks) -> list[str]:
     """Names of the collectives that gave something else than their definition; called on every rank."""
     assert dist.get_backend() == shared_memory.NAME
-    rank, world = ranks.rank, ranks.world
     wrong: list[str] = []
 
     def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         if not torch.equal(found, expected):
             wrong.append(name)
 
+    for part in (of_every_type_and_size, reductions, not_contiguous, parts_to_each, groups):
+        part(ranks.rank, ranks.world, check)
+    said: list = [None] * ranks.world
+    dist.all_gather_object(said, {"rank": ranks.rank, "text": "ü" * (ranks.rank * 1_000_000)})
+    if [(found["rank"], len(found["text"])) for found in said] != [(n, n * 1_000_000) for n in range(ranks.world)]:
+        wrong.append("objects")
+    dist.barrier()
+    return wrong
+
+
+def of_every_type_and_size(rank: int, world: int, check: Check) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
         for size in (0, 1, 7, LARGE):
             of = [values(peer, size, dtype=dtype) for peer in range(world)]
@@ -54,6 +69,9 @@ def everything(ranks: Ranks) -> list[str]:
             copied = of[rank].clone()
             dist.broadcast(copied, src=world - 1)
             check(f"broadcast of {name}", copied, of[-1])
+
+
+def reductions(rank: int, world: int, check: Check) -> None:
     of = [values(peer, world, LARGE) for peer in range(world)]
     mine = torch.empty(LARGE)
     dist.reduce_scatter_tensor(mine, of[rank].flatten())
@@ -63,12 +81,34 @@ def everything(ranks: Ranks) -> list[str]:
     check("reduce-scatter", mine, total[rank])
     dist.reduce_scatter(mine, list(of[rank]))
     check("reduce-scatter of a list", mine, total[rank])
-    column = values(rank, 5, 3).T  # not contiguous
+    reduced = values(rank, 4)
+    dist.reduce(reduced, dst=0)
+    check("reduce", reduced, sum_of_all(world) if rank == 0 else values(rank, 4))
+    for root in range(world):
+        for op, combine in ((dist.ReduceOp.SUM, torch.add), (dist.ReduceOp.MAX, torch.maximum)):
+            reduced = values(rank, LARGE)
+            dist.reduce(reduced, dst=root, op=op)
+            expected = functools.reduce(combine, [values(peer, LARGE) for peer in range(world)])
+            check(f"{op} to rank {root}", reduced, expected if rank == root else values(rank, LARGE))
+    whole = values(rank, world, LARGE)
+    dist.reduce_scatter_tensor(whole[rank], whole.flatten())
+    total = functools.reduce(torch.add, [values(peer, world, LARGE) for peer in range(world)])
+    check("reduce-scatter in place", whole[rank], total[rank])
+    mine = values(rank, LARGE)
+    dist.all_reduce(mine, op=dist.ReduceOp.AVG)
+    check("average", mine, functools.reduce(torch.add, [values(peer, LARGE) for peer in range(world)]) / world)
+
+
+def not_contiguous(rank: int, world: int, check: Check) -> None:
+    column = values(rank, 5, 3).T
     dist.all_reduce(column)
     check("sum in place of a transposed tensor", column, sum(values(peer, 5, 3).T for peer in range(world)))
     column = values(rank, 5, 3).T
     dist.broadcast(column, src=1)
     check("broadcast into a transposed tensor", column, values(1, 5, 3).T)
+
+
+def parts_to_each(rank: int, world: int, check: Check) -> None:
     # Rank a sends a × 1000 + b rows to rank b, some none.
     lengths = [[(a * 70_000 + b) * (a != b) for b in range(world)] for a in range(world)]
     sent = [values(a, sum(lengths[a]), 3) for a in range(world)]
@@ -87,22 +127,9 @@ def everything(ranks: Ranks) -> list[str]:
     parts = [torch.empty(4) for _ in range(world)] if rank == 1 else None
     dist.gather(values(rank, 4), parts, dst=1)
     check("gather", torch.stack(parts) if parts else torch.zeros(0), of_all(world) if rank == 1 else torch.zeros(0))
-    reduced = values(rank, 4)
-    dist.reduce(reduced, dst=0)
-    check("reduce", reduced, sum_of_all(world) if rank == 0 else values(rank, 4))
-    for root in range(world):
-        for op, combine in ((dist.ReduceOp.SUM, torch.add), (dist.ReduceOp.MAX, torch.maximum)):
-            reduced = values(rank, LARGE)
-            dist.reduce(reduced, dst=root, op=op)
-            expected = functools.reduce(combine, [values(peer, LARGE) for peer in range(world)])
-            check(f"{op} to rank {root}", reduced, expected if rank == root else values(rank, LARGE))
-    whole = values(rank, world, LARGE)
-    dist.reduce_scatter_tensor(whole[rank], whole.flatten())
-    total = functools.reduce(torch.add, [values(peer, world, LARGE) for peer in range(world)])
-    check("reduce-scatter in place", whole[rank], total[rank])
-    mine = values(rank, LARGE)
-    dist.all_reduce(mine, op=dist.ReduceOp.AVG)
-    check("average", mine, functools.reduce(torch.add, [values(peer, LARGE) for peer in range(world)]) / world)
+
+
+def groups(rank: int, world: int, check: Check) -> None:
     pair = dist.new_group([0, 1])
     if rank < 2:
         mine = torch.tensor([rank + 1.0])
@@ -114,12 +141,6 @@ def everything(ranks: Ranks) -> list[str]:
         dist.reduce(reduced, dst=world - 1, group=last)
         expected = values(world - 2, 4) + values(world - 1, 4) if rank == world - 1 else values(rank, 4)
         check("reduce in a group of two", reduced, expected)
-    said: list = [None] * world
-    dist.all_gather_object(said, {"rank": rank, "text": "ü" * (rank * 1_000_000)})
-    if [(found["rank"], len(found["text"])) for found in said] != [(n, n * 1_000_000) for n in range(world)]:
-        wrong.append("objects")
-    dist.barrier()
-    return wrong
 
 
 def of_all(world: int) -> torch.Tensor:
