@@ -170,6 +170,15 @@ def test_state_is_json_and_strict_resume_is_exact():
     assert resumed.state_dict() == plan.state_dict()
 
 
+def test_a_source_is_exhausted_when_no_lane_draws_from_it():
+    state = planner([source("a", [[10] * 50]), source("b", [[10] * 50])], lanes=2).state_dict()
+    first, second = state["lanes"]
+    first["active"] = [False, False]
+    assert exhausted(state) == []
+    second["active"] = [True, False]
+    assert exhausted(state) == ["b"]
+
+
 def test_resume_after_a_source_is_exhausted_is_exact():
     def three():
         return [source("a", [[10, 4, 31] * 20], max_epochs=1), *two_sources()[1:], source("c", [[8, 40] * 50])]
