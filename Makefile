@@ -16,6 +16,8 @@ TORCHVISION := .torchvision
 # Ranks of a test share the processors; one thread each is faster than all of them contending.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Packages are compiled as they are imported: a tenth of them, where pip would compile all for a minute and a half.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup quickstart test test-all test-torchvision check corpus clean
 
@@ -32,8 +34,8 @@ $(BIN)/python:
 
 # torch goes first and alone, so that the resolve of everything else finds it in place and keeps the build that was chosen.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[corpus,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[corpus,dev]'
 	@touch $@
 
 quickstart: setup  ## train the tiny model through every stage on two CPU ranks, print the results, write the report
@@ -55,7 +57,7 @@ pytest = failed=0; \
 
 # In a folder of its own: only these tests may see it, and its wheels are for CUDA (tests/parity/torchvision_for_tests.py).
 $(TORCHVISION)/torchvision: | setup
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TORCHVISION) 'torchvision==0.28.*'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps --target $(TORCHVISION) 'torchvision==0.28.*'
 
 test-torchvision: setup $(TORCHVISION)/torchvision  ## videos against stock's whole processor, which needs torchvision
 	OMNI_TRAIN_TORCHVISION=$(TORCHVISION) $(BIN)/python -m pytest tests/parity/test_video_processor.py tests/parity/test_export.py

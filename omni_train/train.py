@@ -27,7 +27,7 @@ from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline
 from omni_train.data.planner import exhausted
 from omni_train.engine import checkpoint, parallel
-from omni_train.engine.deepspeed import GradientGuard, set_learning_rates
+from omni_train.engine.deepspeed import backward, non_finite_gradients, set_learning_rates
 from omni_train.engine.export import export
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.heldout import heldout_losses
@@ -43,7 +43,7 @@ from omni_train.stage.post_training import packs_a_step
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient was NaN or infinite. Raised before the optimizer step, so the weights are still good."""
+    """A loss or gradient was NaN or infinite. It moved no weight, and nothing is saved of the step."""
 
 
 def learning_rate_scale(stage: StageConfig, tokens: float) -> float:
@@ -84,7 +84,6 @@ class Trainer:
             micro_batches = packs_a_step(config, micro_batches)
         self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
         self.batches = self.stage.batches(self.loader)
-        self.guards = [GradientGuard(engine.module, ranks.device) for engine in self.stage.engines.values()]
         self.position = Position()
         self.is_stopping = False
         self.fractions: Tensor | None = None  # [layers, experts], of the step before
@@ -107,21 +106,16 @@ class Trainer:
         for engine in self.stage.engines.values():
             set_learning_rates(engine, self.config.stage.components, scale)
         sums = StepSums()
-        bad: list[str] = []
         for number, pack in enumerate(packs):
-            losses = self.stage.losses(pack.to(self.ranks.device), self.fractions)
-            is_finite = True
-            for name, engine in self.stage.engines.items():
-                loss = torch.stack([t.weight * t.sum / divisors[t.per] for t in losses.terms if t.engine == name]).sum()
-                engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
-                is_finite &= bool(loss.isfinite())
-            if not is_finite or any(bool(guard.take()) for guard in self.guards):
-                bad.append(f"pack {number} of rank {self.ranks.rank}: {', '.join(pack.sample_ids)}")
-            sums.add(losses)
-            if number == len(packs) - 1 and sums.reduce(bool(bad)):
-                self._stop(bad)
+            sums.add(self._backward(pack, divisors))
+            if number == len(packs) - 1:
+                sums.reduce()
+                if not sums.are_finite():
+                    self._stop(packs, divisors)
             for engine in self.stage.engines.values():
                 engine.step()
+        if not all(engine.was_step_applied() for engine in self.stage.engines.values()):
+            self._stop(packs, divisors)
         self.stage.after_step()
         return {**self._finish_step(sums, divisors, scale), "samples": samples}
 
@@ -149,17 +143,29 @@ class Trainer:
 
     def note_bad_samples(self, found: list[BadSample], step: int) -> None:
         """Log what this rank's packs had to leave out. Collective; raises DataError on every rank past the budget."""
-        everywhere: list[list[BadSample]] = [[] for _ in range(self.ranks.world)]
-        dist.all_gather_object(everywhere, found)
-        self.bad_samples.add(step, sum(everywhere, []), self.ranks.is_main)
+        self.bad_samples.add(step, parallel.lists_of_ranks(found), self.ranks.is_main)
 
-    def _stop(self, bad: list[str]) -> None:
-        """Raises NonFiniteError with the bad packs of all ranks. Collective."""
-        found: list[list[str]] = [[] for _ in range(self.ranks.world)]
-        dist.all_gather_object(found, bad)
+    def _backward(self, pack: Pack, divisors: dict[str, float]) -> Losses:
+        """Losses of one micro-batch, their gradients added to what the engines hold."""
+        losses = self.stage.losses(pack.to(self.ranks.device), self.fractions)
+        for name, engine in self.stage.engines.items():
+            terms = [t.weight * t.sum / divisors[t.per] for t in losses.terms if t.engine == name]
+            backward(engine, torch.stack(terms).sum())
+        return losses
+
+    def _stop(self, packs: list[Pack], divisors: dict[str, float]) -> None:
+        """Goes over the step's packs once more to find the bad ones; raises NonFiniteError naming them. Collective."""
+        bad: list[str] = []
+        for number, pack in enumerate(packs):
+            with non_finite_gradients(self.stage.engines.values()) as names:
+                losses = self._backward(pack, divisors)
+            if found := [f"loss {t.name}" for t in losses.terms if not t.sum.isfinite()] + names:
+                samples = ", ".join(pack.sample_ids)
+                bad.append(f"pack {number} of rank {self.ranks.rank}: {found[0]} first; samples {samples}")
+        found_everywhere = "; ".join(parallel.lists_of_ranks(bad)) or "no pack alone is"
         raise NonFiniteError(
             f"step {self.position.step + 1}: loss or gradient is not finite, stopped before the optimizer step; "
-            f"{'; '.join(sum(found, []))}. Look at these samples, or lower the learning rate"
+            f"{found_everywhere}. Look at these samples, or lower the learning rate"
         )
 
     def _finish_step(self, sums: StepSums, divisors: dict[str, float], scale: float) -> dict[str, Any]:
@@ -169,7 +175,7 @@ class Trainer:
         metrics: dict[str, Any] = sums.means(divisors)
         counts = sums.router_counts
         if self.fractions is not None and counts is not None and counts.sum() > 0:
-            self.fractions = (counts / counts.sum(-1, keepdim=True).clamp(min=1)).float()
+            self.fractions = (counts / counts.sum(-1, keepdim=True).clamp(min=1)).float().to(self.ranks.device)
             metrics |= expert_health(counts)
         for engine_name, engine in self.stage.engines.items():
             metrics[f"grad_norm/{engine_name}"] = float(engine.get_global_grad_norm())
@@ -243,19 +249,21 @@ class StepSums:
             counts = losses.router_counts.double()
             self.router_counts = counts if self.router_counts is None else self.router_counts + counts
 
-    def reduce(self, flag: bool = False) -> bool:
-        """Sum over ranks, in one reduction; True on every rank when ``flag`` is true on one."""
+    def reduce(self) -> None:
+        """Sum over ranks, in one reduction, and bring the sums to the host, in one copy."""
         parts = [*self.terms.values(), *self.reported.values()]
         if self.router_counts is not None:
             parts.append(self.router_counts)
-        parts.append(torch.tensor(float(flag), dtype=torch.float64, device=parts[0].device))
-        flat = parallel.sum_over_ranks(torch.cat([part.flatten() for part in parts]))
-        *sums, flags = flat.split([part.numel() for part in parts])
-        shaped = iter([new.view_as(part) for new, part in zip(sums, parts, strict=False)])
+        flat = parallel.sum_over_ranks(torch.cat([part.flatten() for part in parts])).cpu()
+        sums = flat.split([part.numel() for part in parts])
+        shaped = iter([new.view_as(part) for new, part in zip(sums, parts, strict=True)])
         self.terms = {name: next(shaped) for name in self.terms}
         self.reported = {name: next(shaped) for name in self.reported}
         self.router_counts = next(shaped, None)
-        return bool(flags > 0)
+
+    def are_finite(self) -> bool:
+        """Whether every loss is."""
+        return all(map(math.isfinite, self.terms.values()))
 
     def means(self, divisors: dict[str, float]) -> dict[str, float]:
         """Metrics of the step by name in the logs: the first term is ``loss``, reports without a count are left out."""

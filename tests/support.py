@@ -9,7 +9,6 @@ that differ in the split see the same tokens and must give the same trajectory.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import functools
 import multiprocessing
@@ -73,7 +72,6 @@ from omni_train.data.positions import audio_video_order, tm_rope_positions, vide
 from omni_train.data.tokenizer import TokenIds, load_tokenizer, token_ids, train_tokenizer  # noqa: E402
 from omni_train.engine import deepspeed as engine_module  # noqa: E402
 from omni_train.engine import parallel  # noqa: E402
-from omni_train.engine.deepspeed import GradientGuard  # noqa: E402
 from omni_train.engine.export import component_hashes, full_state_dict  # noqa: E402
 from omni_train.engine.parallel import Ranks  # noqa: E402
 from omni_train.launching.local import free_port  # noqa: E402
@@ -516,7 +514,6 @@ def make_trainer(config: RunConfig, ranks: Ranks, micro_batches: int) -> train.T
     trainer = object.__new__(train.Trainer)
     trainer.config, trainer.ranks = config, ranks
     trainer.stage = build_stage(config, load_tokenizer(config.data.tokenizer), ranks, micro_batches)
-    trainer.guards = [GradientGuard(engine.module, ranks.device) for engine in trainer.stage.engines.values()]
     trainer.position = train.Position()
     shape = trainer.stage.router_shape
     trainer.fractions = None if shape is None else torch.full(shape, 1.0 / shape[1])
@@ -548,8 +545,6 @@ def run_case(ranks: Ranks, case: Case, folder: str, teacher: str = "") -> Trajec
             stack.enter_context(shard_all())
         micro_batches = len(packs_of_rank(case, config, ids, 0, ranks.rank))
         trainer = make_trainer(config, ranks, micro_batches)
-        if case.mutation == "world_factor":
-            trainer.ranks = dataclasses.replace(ranks, world=1)
         steps = []
         for step in range(case.num_steps):
             steps.append(trainer.step(packs_of_rank(case, config, ids, step, ranks.rank)))
@@ -662,8 +657,13 @@ def _local_counts() -> Iterator[None]:
         yield
 
 
+def _world_factor(engine, loss: torch.Tensor) -> None:
+    """As for ranks whose gradients are averaged."""
+    engine.backward(loss * engine.world_size, scale_wrt_gas=False)
+
+
 MUTATIONS: dict[str, Callable[[], Any]] = {
-    "world_factor": contextlib.nullcontext,  # see run_case
+    "world_factor": lambda: mock.patch.object(train, "backward", _world_factor),
     "local_counts": _local_counts,
     "pack_mask": lambda: mock.patch.object(thinker, "Segments", _OneSegment),
     "media_mask": lambda: mock.patch.object(towers, "Segments", _OneSegment),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ def deepspeed_config(
     """The DeepSpeed dictionary of one engine that trains ``num_trained`` numbers (0: a frozen one).
 
     ``moe`` is the text configuration of a module with experts, else None.
-    Loss scaling over micro-batches is ours (sum / global count), so DeepSpeed's own averaging is bypassed at backward.
+    Losses are sums over ranks and micro-batches (divided by global counts), so gradients are summed, not averaged.
     """
     is_trained = num_trained > 0
     config: dict[str, Any] = {
@@ -35,6 +38,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": micro_batches if is_trained else 1,
         "steps_per_print": 10**9,
         "zero_optimization": {"stage": engine.zero_stage if is_trained else 0},
+        "gradient_allreduce_op": "mean" if engine.zero_stage == 3 else "sum",
     }
     if engine.precision is Precision.bf16:
         config["bf16"] = {"enabled": True}
@@ -105,36 +109,28 @@ def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: fl
         group["lr"] = components[group["component"]].lr * scale
 
 
-class GradientGuard:
-    """Notices non-finite gradients of trained parameters as they are made, before a reduction hides their origin.
+def backward(engine, loss: torch.Tensor) -> None:
+    """Gradients of ``loss``, a rank's share of a sum over ranks, added to those of the step's packs before."""
+    # ZeRO 3 can only average over ranks.
+    engine.backward(loss * engine.world_size if engine.gradient_average else loss, scale_wrt_gas=False)
 
-    Looks at many at once: a look at each would be a tenth of a small model's backward.
+
+@contextlib.contextmanager
+def non_finite_gradients(engines: Iterable) -> Iterator[list[str]]:
+    """Names of the trained parameters whose gradient is found not finite within the block, in the order of backward.
+
+    For looking after the fact: at every step it would be a tenth of a small model's backward.
     """
+    names: list[str] = []
 
-    WAITING_NUMBERS = 1 << 24  # gradients held back for a look, in numbers
+    def note(name: str, grad: torch.Tensor) -> None:
+        if not grad.isfinite().all():
+            names.append(name)
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.bad = torch.zeros((), dtype=torch.bool, device=device)
-        self.waiting: list[torch.Tensor] = []
-        self.num_waiting = 0
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(self._note)
-
-    def _note(self, grad: torch.Tensor) -> None:
-        self.waiting.append(grad.detach())  # the gradient itself, if held, would be copied on its way to `.grad`
-        self.num_waiting += grad.numel()
-        if self.num_waiting >= self.WAITING_NUMBERS:
-            self._look()
-
-    def _look(self) -> None:
-        if self.waiting:
-            norms = torch._foreach_norm(self.waiting)  # an eighth of the time of the largest number's
-            self.bad |= ~torch.stack(norms).isfinite().all()
-            self.waiting, self.num_waiting = [], 0
-
-    def take(self) -> torch.Tensor:
-        """Whether a non-finite gradient was seen since the last call, as a bool tensor."""
-        self._look()
-        seen, self.bad = self.bad, torch.zeros_like(self.bad)
-        return seen
+    parameters = [pair for engine in engines for pair in engine.module.named_parameters() if pair[1].requires_grad]
+    hooks = [parameter.register_hook(functools.partial(note, name)) for name, parameter in parameters]
+    try:
+        yield names
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -6,6 +6,7 @@ import ctypes
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,13 @@ def gather_over_ranks(values: Tensor) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, values.contiguous())
     return torch.cat(parts)
+
+
+def lists_of_ranks(own: list[Any]) -> list[Any]:
+    """The items of all ranks, in order of rank. Picklable ones."""
+    everywhere: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, own)
+    return [item for items in everywhere for item in items]
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

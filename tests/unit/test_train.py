@@ -24,7 +24,7 @@ from omni_train.data.contracts import BadSample
 from omni_train.data.shard import DataError
 from omni_train.data.tokenizer import load_tokenizer, token_ids
 from omni_train.engine import parallel
-from omni_train.engine.deepspeed import GradientGuard, set_learning_rates
+from omni_train.engine.deepspeed import non_finite_gradients, set_learning_rates
 from omni_train.objectives.terms import Losses, LossTerm
 from omni_train.train import NonFiniteError, StepSums, learning_rate_scale
 
@@ -105,7 +105,8 @@ def reduced(ranks: Ranks):
     sums = two_packs()
     if ranks.rank == 1:  # this rank has audio besides
         sums.add(losses([0.0, 8.0, 0.0], [0, 2, 0], 1.0, [[0.0, 1.0]]))
-    assert sums.reduce(ranks.rank == 1) and not two_packs().reduce()
+    sums.reduce()
+    assert sums.are_finite()
     return sums.means({"labels": 12.0, "tokens": 10.0}), sums.router_counts.tolist()
 
 
@@ -114,34 +115,56 @@ def test_step_sums_over_ranks():
     assert run_ranks(2, reduced) == [(means, [[6.0, 11.0]])] * 2
 
 
+def one_rank_is_bad(ranks: Ranks, value: float):
+    sums = two_packs()
+    if ranks.rank == 1:
+        sums.add(losses([0.0, value, 0.0], [0, 2, 0], 1.0, [[0.0, 1.0]]))
+    sums.reduce()
+    return sums.are_finite()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_gradient_guard_sees_a_bad_gradient_once(value):
-    module = torch.nn.Linear(2, 1, bias=False)
-    guard = GradientGuard(module, torch.device("cpu"))
-    module(torch.tensor([1.0, 2.0])).sum().backward()
-    assert not guard.take()
-    module(torch.tensor([1.0, value])).sum().backward()
-    assert guard.take()
-    assert not guard.take()
+def test_every_rank_knows_of_a_loss_that_is_not_finite(value):
+    assert run_ranks(2, one_rank_is_bad, value) == [False, False]
 
 
-def test_gradient_guard_holds_no_gradient_that_would_have_to_be_copied():
-    module = torch.nn.Linear(2, 1, bias=False)
-    guard = GradientGuard(module, torch.device("cpu"))
-    module(torch.tensor([1.0, 2.0])).sum().backward()
-    assert guard.waiting[0].data_ptr() == module.weight.grad.data_ptr()
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_gradients_are_named_while_one_looks(value):
+    engine = SimpleNamespace(module=torch.nn.Linear(2, 1))
+    with non_finite_gradients([engine]) as names:
+        engine.module(torch.tensor([1.0, 2.0])).sum().backward()
+        assert names == []
+        engine.module(torch.tensor([1.0, value])).sum().backward()
+    engine.module(torch.tensor([1.0, value])).sum().backward()
+    assert names == ["weight"]
 
 
-def poisoned(ranks: Ranks, folder: str):
-    """A good step, then one with a broken clip on rank 1: the error, whether the weights stayed, and the step."""
-    case = Case(kinds=("text", "text", "text", "audio"), world=2, expert_parallel=2)
+def poisoned(ranks: Ranks, folder: str, kind: str, zero_stage: int):
+    """A good step, then one that is broken on rank 1: the error, whether the weights stayed, and the step.
+
+    ``loss``: a clip of NaN. ``gradient``: the loss stays as it is, with the root of zero added.
+    """
+    kinds, expert_parallel = ("text", "text", "text", "audio"), 2 if zero_stage < 3 else 1
+    case = Case(kinds=kinds, world=2, expert_parallel=expert_parallel, zero_stage=zero_stage)
     config, ids = run_config_in(case, folder), token_ids(load_tokenizer(folder))
     trainer = make_trainer(config, ranks, 2)
     trainer.step(packs_of_rank(case, config, ids, 0, ranks.rank))
     before = component_hashes_of(trainer)
     packs = packs_of_rank(case, config, ids, 1, ranks.rank)
-    if ranks.rank == 1:
+    if ranks.rank == 1 and kind == "loss":
         packs[1].mel[0, 0] = math.nan
+    if ranks.rank == 1 and kind == "gradient":
+        usual = trainer.stage.losses
+
+        def losses(pack, fractions):
+            found = usual(pack, fractions)
+            if pack.sample_ids == packs[1].sample_ids:
+                term = found.terms[0]
+                zero = term.sum - term.sum.detach()
+                found.terms[0] = dataclasses.replace(term, sum=term.sum + zero.sqrt())
+            return found
+
+        trainer.stage.losses = losses
     try:
         trainer.step(packs)
     except NonFiniteError as error:
@@ -149,12 +172,14 @@ def poisoned(ranks: Ranks, folder: str):
     return "no error", False, trainer.position.step
 
 
-def test_a_non_finite_gradient_stops_every_rank_before_the_optimizer():
-    first, second = run_ranks(2, poisoned, tokenizer_folder())
+@pytest.mark.parametrize("kind, found", [("loss", "loss "), ("gradient", "llm.")])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_what_is_not_finite_stops_every_rank_before_the_optimizer(kind, found, zero_stage):
+    first, second = run_ranks(2, poisoned, tokenizer_folder(), kind, zero_stage)
     assert first == second
     message, is_unmoved, step = first
     assert message.startswith("step 2: loss or gradient is not finite")
-    assert "pack 1 of rank 1: step1/3." in message and "rank 0" not in message
+    assert f"pack 1 of rank 1: {found}" in message and "step1/3." in message
     assert is_unmoved and step == 1
 
 
