@@ -43,7 +43,7 @@ from omni_train.stage.post_training import packs_a_step
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient was NaN or infinite. It moved no weight, and nothing is saved of the step."""
+    """A loss or gradient was NaN or infinite. The engine that it belongs to has not moved; nothing of it is saved."""
 
 
 def learning_rate_scale(stage: StageConfig, tokens: float) -> float:
@@ -93,8 +93,8 @@ class Trainer:
     def step(self, packs: list[Pack], wants_stop: bool = False) -> dict[str, Any]:
         """One optimizer step on this rank's packs; returns the step's metrics over all ranks.
 
-        ``wants_stop`` on one rank sets ``is_stopping`` on all. Raises on every rank, before the optimizer moves:
-        DataError past the budget for bad samples, NonFiniteError when a loss or gradient is not finite.
+        ``wants_stop`` on one rank sets ``is_stopping`` on all. Raises on every rank, before an optimizer moves:
+        DataError past the budget for bad samples, NonFiniteError when a loss is not finite, or its engine's gradient.
         """
         for engine in self.stage.engines.values():  # else it would step within the packs, or not at all
             assert len(packs) == engine.gradient_accumulation_steps()
@@ -155,18 +155,18 @@ class Trainer:
 
     def _stop(self, packs: list[Pack], divisors: dict[str, float]) -> None:
         """Goes over the step's packs once more to find the bad ones; raises NonFiniteError naming them. Collective."""
-        bad: list[str] = []
+        bad: list[tuple[int, str]] = []  # how many gradients came before, what and where
         for number, pack in enumerate(packs):
-            with non_finite_gradients(self.stage.engines.values()) as names:
+            with non_finite_gradients(self.stage.engines.values()) as found:
                 losses = self._backward(pack, divisors)
-            if found := [f"loss {t.name}" for t in losses.terms if not t.sum.isfinite()] + names:
-                samples = ", ".join(pack.sample_ids)
-                bad.append(f"pack {number} of rank {self.ranks.rank}: {found[0]} first; samples {samples}")
-        found_everywhere = "; ".join(parallel.lists_of_ranks(bad)) or "no pack alone is"
-        raise NonFiniteError(
-            f"step {self.position.step + 1}: loss or gradient is not finite, stopped before the optimizer step; "
-            f"{found_everywhere}. Look at these samples, or lower the learning rate"
-        )
+            found[:0] = [(-1, f"loss {t.name}") for t in losses.terms if not t.sum.isfinite()]
+            where = f"pack {number} of rank {self.ranks.rank}, samples {', '.join(pack.sample_ids)}"
+            bad += [(before, f"{what} in {where}") for before, what in found[:1]]
+        bad = parallel.lists_of_ranks(bad)
+        first = min((before for before, _ in bad), default=0)  # through the experts it spoils those of other ranks
+        places = "; ".join(where for before, where in bad if before == first) or "no pack alone"
+        what = f"step {self.position.step + 1}: not finite, and stopped before the optimizer step"
+        raise NonFiniteError(f"{what}: {places}. Look at these samples, or lower the learning rate")
 
     def _finish_step(self, sums: StepSums, divisors: dict[str, float], scale: float) -> dict[str, Any]:
         """Advance the position and the router fractions; metrics of the step."""

@@ -50,6 +50,7 @@ from omni_train.config import (  # noqa: E402
     ModelConfig,
     MtpConfig,
     Objective,
+    Precision,
     RunConfig,
     Schedule,
     StageConfig,
@@ -305,6 +306,7 @@ class Case:
     documents_per_pack: int = 1
     expert_parallel: int = 1
     zero_stage: int = 1
+    precision: str = "fp32"
     recompute: bool = False
     bucket_numbers: int = 0  # largest bucket of gradients; 0: as the engine says, which here is one for all
     shards_all: bool = False  # ZeRO-3 leaves parameters under 1e5 entries whole: here it would shard none
@@ -312,7 +314,7 @@ class Case:
 
 
 def run_config(case: Case) -> RunConfig:
-    """The configuration of a case, in fp32.
+    """The configuration of a case.
 
     Why the comparison of trajectories is meaningful although AdamW's step is close to lr × sign(gradient) where a
     gradient is tiny: an entry whose sign rounding decides has a gradient of the size of rounding, so that moving it by
@@ -339,6 +341,7 @@ def run_config(case: Case) -> RunConfig:
             num_processes=case.world,
             expert_parallel=case.expert_parallel,
             zero_stage=case.zero_stage,
+            precision=Precision[case.precision],
             recompute=case.recompute,
         ),
         corpus=CorpusConfig(root="unused", vocab_size=320),

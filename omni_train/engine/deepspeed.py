@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -30,7 +32,8 @@ def deepspeed_config(
     """The DeepSpeed dictionary of one engine that trains ``num_trained`` numbers (0: a frozen one).
 
     ``moe`` is the text configuration of a module with experts, else None.
-    Losses are sums over ranks and micro-batches (divided by global counts), so gradients are summed, not averaged.
+    Losses are sums over ranks and micro-batches (divided by global counts), so gradients are summed, not averaged
+    (ZeRO 3 knows averages only: see ``backward``).
     """
     is_trained = num_trained > 0
     config: dict[str, Any] = {
@@ -40,7 +43,7 @@ def deepspeed_config(
         "zero_optimization": {"stage": engine.zero_stage if is_trained else 0},
         "gradient_allreduce_op": "mean" if engine.zero_stage == 3 else "sum",
     }
-    if engine.precision is Precision.bf16:
+    if engine.precision is Precision.bf16 and is_trained:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if moe is not None:
@@ -99,8 +102,13 @@ def build_engine(
     )
     if components is None:
         module.requires_grad_(False)
+        if engine.precision is Precision.bf16:  # DeepSpeed's own bf16 wants an optimizer, also one of experts
+            for parameter in module.parameters():  # buffers stay: rotary frequencies are fp32
+                parameter.data = parameter.data.bfloat16()
         return deepspeed.initialize(model=module, config=config)[0].module
-    return deepspeed.initialize(model=module, model_parameters=parameter_groups(module, components), config=config)[0]
+    groups = parameter_groups(module, components)
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory after each group
+        return deepspeed.initialize(model=module, model_parameters=groups, config=config)[0]
 
 
 def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: float) -> None:
@@ -111,26 +119,29 @@ def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: fl
 
 def backward(engine, loss: torch.Tensor) -> None:
     """Gradients of ``loss``, a rank's share of a sum over ranks, added to those of the step's packs before."""
-    # ZeRO 3 can only average over ranks.
+    # ZeRO 3 averages.
     engine.backward(loss * engine.world_size if engine.gradient_average else loss, scale_wrt_gas=False)
 
 
 @contextlib.contextmanager
-def non_finite_gradients(engines: Iterable) -> Iterator[list[str]]:
-    """Names of the trained parameters whose gradient is found not finite within the block, in the order of backward.
+def non_finite_gradients(engines: Iterable) -> Iterator[list[tuple[int, str]]]:
+    """Trained parameters whose gradient is found not finite within the block, in the order of backward: how many
+    gradients came before, and "gradient of" its name.
 
     For looking after the fact: at every step it would be a tenth of a small model's backward.
     """
-    names: list[str] = []
+    found: list[tuple[int, str]] = []
+    numbers = itertools.count()
 
     def note(name: str, grad: torch.Tensor) -> None:
+        before = next(numbers)
         if not grad.isfinite().all():
-            names.append(name)
+            found.append((before, f"gradient of {name}"))
 
     parameters = [pair for engine in engines for pair in engine.module.named_parameters() if pair[1].requires_grad]
     hooks = [parameter.register_hook(functools.partial(note, name)) for name, parameter in parameters]
     try:
-        yield names
+        yield found
     finally:
         for hook in hooks:
             hook.remove()

@@ -98,20 +98,23 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", ["s1_encoders", "s2_general", "s3_long_context"])
-def test_kills_at_random_points_and_during_a_save_leave_no_trace(stage: str, tmp_path: Path) -> None:
-    straight = finish(stage, tmp_path / "straight" / stage)
+@pytest.mark.parametrize(
+    "stage, precision", [("s1_encoders", "fp32"), ("s2_general", "bf16"), ("s3_long_context", "fp32")]
+)
+def test_kills_at_random_points_and_during_a_save_leave_no_trace(stage: str, precision: str, tmp_path: Path) -> None:
+    extra = (f"engine.precision={precision}",)
+    straight = finish(stage, tmp_path / "straight" / stage, *extra)
     killed = tmp_path / "killed" / stage
     draw = random.Random(stage)
     first = draw.randint(1, 4)
-    steps = [kill_when(stage, killed, lambda: num_steps_logged(killed) >= first)]
+    steps = [kill_when(stage, killed, lambda: num_steps_logged(killed) >= first, *extra)]
 
-    steps.append(kill_when(stage, killed, lambda: is_saving(killed) and num_steps_logged(killed) >= 4))
+    steps.append(kill_when(stage, killed, lambda: is_saving(killed) and num_steps_logged(killed) >= 4, *extra))
     is_cut_short = is_saving(killed)
     later = draw.randint(steps[-1] + 1, NUM_STEPS - 2)
-    steps.append(kill_when(stage, killed, lambda: num_steps_logged(killed) >= later))
+    steps.append(kill_when(stage, killed, lambda: num_steps_logged(killed) >= later, *extra))
     print(f"\n{stage}: killed after steps {steps}, the second while saving (left uncommitted: {is_cut_short})")
-    assert_same(finish(stage, killed), straight)
+    assert_same(finish(stage, killed, *extra), straight)
     assert not is_saving(killed), "folders of interrupted saves are removed"
 
 

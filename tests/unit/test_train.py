@@ -131,21 +131,21 @@ def test_every_rank_knows_of_a_loss_that_is_not_finite(value):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_gradients_are_named_while_one_looks(value):
     engine = SimpleNamespace(module=torch.nn.Linear(2, 1))
-    with non_finite_gradients([engine]) as names:
+    with non_finite_gradients([engine]) as found:
         engine.module(torch.tensor([1.0, 2.0])).sum().backward()
-        assert names == []
+        assert found == []
         engine.module(torch.tensor([1.0, value])).sum().backward()
     engine.module(torch.tensor([1.0, value])).sum().backward()
-    assert names == ["weight"]
+    assert [what for _, what in found] == ["gradient of weight"]
 
 
-def poisoned(ranks: Ranks, folder: str, kind: str, zero_stage: int):
+def poisoned(ranks: Ranks, folder: str, kind: str, zero_stage: int, precision: str):
     """A good step, then one that is broken on rank 1: the error, whether the weights stayed, and the step.
 
     ``loss``: a clip of NaN. ``gradient``: the loss stays as it is, with the root of zero added.
     """
     kinds, expert_parallel = ("text", "text", "text", "audio"), 2 if zero_stage < 3 else 1
-    case = Case(kinds=kinds, world=2, expert_parallel=expert_parallel, zero_stage=zero_stage)
+    case = Case(kinds=kinds, world=2, expert_parallel=expert_parallel, zero_stage=zero_stage, precision=precision)
     config, ids = run_config_in(case, folder), token_ids(load_tokenizer(folder))
     trainer = make_trainer(config, ranks, 2)
     trainer.step(packs_of_rank(case, config, ids, 0, ranks.rank))
@@ -172,14 +172,14 @@ def poisoned(ranks: Ranks, folder: str, kind: str, zero_stage: int):
     return "no error", False, trainer.position.step
 
 
-@pytest.mark.parametrize("kind, found", [("loss", "loss "), ("gradient", "llm.")])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_what_is_not_finite_stops_every_rank_before_the_optimizer(kind, found, zero_stage):
-    first, second = run_ranks(2, poisoned, tokenizer_folder(), kind, zero_stage)
+@pytest.mark.parametrize("kind, found", [("loss", "loss next_token"), ("gradient", "gradient of llm.lm_head.weight")])
+@pytest.mark.parametrize("zero_stage, precision", [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_what_is_not_finite_stops_every_rank_before_the_optimizer(kind, found, zero_stage, precision):
+    first, second = run_ranks(2, poisoned, tokenizer_folder(), kind, zero_stage, precision)
     assert first == second
     message, is_unmoved, step = first
-    assert message.startswith("step 2: loss or gradient is not finite")
-    assert f"pack 1 of rank 1: {found}" in message and "step1/3." in message
+    assert message.startswith("step 2: not finite, and stopped before the optimizer step: ")
+    assert f"{found} in pack 1 of rank 1, samples step1/3." in message and "rank 0" not in message
     assert is_unmoved and step == 1
 
 

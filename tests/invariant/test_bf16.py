@@ -1,0 +1,46 @@
+"""bf16 with fp32 master weights, what a GPU runs: every objective follows its trajectory in fp32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support import TALKER, TOWERS, Case, trajectory
+
+TOLERANCE = 0.04  # on the loss of each step; a dead part or a wrong factor is out by tenths after twenty
+EP_2 = {"world": 2, "expert_parallel": 2}
+CASES = {
+    "whole model": Case(),
+    "LLM frozen": Case(components=TOWERS),
+    "transcription": Case(
+        objective="transcription", components=("audio_encoder", "aut_decoder"), kinds=("audio", "short_audio") * 2
+    ),
+    "captioning": Case(objective="captioning", components=("vision_encoder", "vision_decoder"), kinds=("image",) * 4),
+    "talker": Case(objective="talker", components=TALKER, kinds=("text", "short_audio", "image", "video"), num_steps=8),
+    # Fewer steps: ratios of two policies make more of rounding from step to step.
+    "talker_dpo": Case(
+        objective="talker_dpo", components=TALKER, kinds=("text", "image", "short_audio", "text"), num_steps=4
+    ),
+    "gspo": Case(objective="gspo", kl_weight=0.1, lr=1e-3, num_steps=4),
+    "distillation": Case(objective="distillation", beta=0.5, lr=1e-3),
+}
+FAST = ("whole model", "LLM frozen", "talker")
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        *[pytest.param(name, EP_2, id=f"{name}, EP 2", marks=[] if name in FAST else slow) for name in CASES],
+        pytest.param("whole model", {}, id="one rank", marks=slow),
+        pytest.param("whole model", {**EP_2, "zero_stage": 2}, id="ZeRO 2, EP 2", marks=slow),
+        pytest.param("whole model", {**EP_2, "zero_stage": 3, "recompute": True}, id="ZeRO 3, EP 2", marks=slow),
+    ],
+)
+def test_bf16_follows_fp32(name, split):
+    case = CASES[name]
+    losses, reference = (
+        trajectory(replace(case, **split, precision=precision))["loss"] for precision in ("bf16", "fp32")
+    )
+    assert 0 < np.abs(losses - reference).max() <= TOLERANCE * np.abs(reference).max()
