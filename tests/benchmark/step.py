@@ -10,9 +10,10 @@ one padded batch of a step's documents. They take turns, a few steps each, so th
 on all; what is printed are ratios of useful tokens (padding does not count) a second. ``--ranks 2`` instead compares
 one rank with two ranks and expert parallelism 2 on the same plan, and with two unconnected processes, which is what
 the machine allows. With one pack of 512 tokens a lane (S2's default) what comes once a step, ZeRO's reduction and the
-optimizer's, is a sixth of it; ``data.packs_per_lane=2`` accumulates gradients. S3's documents differ most in length. It
-and the SFT go without films, whose positions stock does not find in a padded batch. The corpus must be there (``make
-corpus``).
+optimizer's, is a sixth of it; ``data.packs_per_lane=2`` accumulates gradients. Fresh routers load one rank's experts
+more than the other's; ``+init.all=runs/quickstart/s1_encoders/export`` takes the weights that S2 starts with. S3's
+documents differ most in length. It and the SFT go without films, whose positions stock does not find in a padded
+batch. The corpus must be there (``make corpus``).
 """
 
 from __future__ import annotations
@@ -208,21 +209,25 @@ def turns(config: RunConfig, num_steps: int, num_rounds: int, peer: str) -> None
         assert ours.step() == bare.step(), "the loops must see the same documents"
     has_trainer = importlib.util.find_spec("accelerate") is not None
     by_round: list[dict[str, float]] = []
+    by_step: list[float] = []
     for number in range(num_rounds):
         at = 2 + number * num_steps
         tokens = sum(d.num_tokens for plans in steps[at : at + num_steps] for plan in plans for d in plan.documents)
         seconds = {"ours": 0.0, "bare": 0.0}
         for turn in range(num_steps):  # who comes second finds the step's files and pages warm
+            took = {}
             for name, loop in (("ours", ours), ("bare", bare))[:: 1 if turn % 2 else -1]:
                 started = time.perf_counter()
                 loop.step()
-                seconds[name] += time.perf_counter() - started
+                took[name] = time.perf_counter() - started
+                seconds[name] += took[name]
+            by_step.append(took["ours"] / took["bare"])
         if has_trainer:
             seconds["stock"] = sum(stock_seconds(config, steps[at - 1 : at + num_steps], peer))
         by_round.append(seconds)
         print("  " + ", ".join(f"{name} {tokens / value:,.0f} tokens/s" for name, value in seconds.items()), flush=True)
-    step_ratio = statistics.median(s["ours"] / s["bare"] for s in by_round)
-    print(f"our step / bare loop {step_ratio:.3f}")
+    low, middle, high = statistics.quantiles(by_step, n=4, method="inclusive")
+    print(f"our step / bare loop {middle:.3f}, the same step for both; quartiles {low:.3f} and {high:.3f}")
     if has_trainer:
         stock_ratio = statistics.median(s["stock"] / s["ours"] for s in by_round)
         print(f"our useful tokens/s / {peer} {stock_ratio:.2f}")
