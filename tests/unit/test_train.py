@@ -173,7 +173,16 @@ def poisoned(ranks: Ranks, folder: str, kind: str, zero_stage: int, precision: s
 
 
 @pytest.mark.parametrize("kind, found", [("loss", "loss next_token"), ("gradient", "gradient of llm.lm_head.weight")])
-@pytest.mark.parametrize("zero_stage, precision", [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    "zero_stage, precision",
+    [
+        (1, "fp32"),
+        (1, "bf16"),
+        pytest.param(2, "fp32", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_not_finite_stops_every_rank_before_the_optimizer(kind, found, zero_stage, precision):
     first, second = run_ranks(2, poisoned, tokenizer_folder(), kind, zero_stage, precision)
     assert first == second
