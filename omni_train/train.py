@@ -111,11 +111,11 @@ class Trainer:
             if number == len(packs) - 1:
                 sums.reduce()
                 if not sums.are_finite():
-                    self._stop(packs, divisors)
+                    self._raise_non_finite(packs, divisors)
             for engine in self.stage.engines.values():
                 engine.step()
         if not all(engine.was_step_applied() for engine in self.stage.engines.values()):
-            self._stop(packs, divisors)
+            self._raise_non_finite(packs, divisors)
         self.stage.after_step()
         return {**self._finish_step(sums, divisors, scale), "samples": samples}
 
@@ -143,7 +143,7 @@ class Trainer:
 
     def note_bad_samples(self, found: list[BadSample], step: int) -> None:
         """Log what this rank's packs had to leave out. Collective; raises DataError on every rank past the budget."""
-        self.bad_samples.add(step, parallel.lists_of_ranks(found), self.ranks.is_main)
+        self.bad_samples.add(step, sum(parallel.lists_of_ranks(found), []), self.ranks.is_main)
 
     def _backward(self, pack: Pack, divisors: dict[str, float]) -> Losses:
         """Losses of one micro-batch, their gradients added to what the engines hold."""
@@ -153,7 +153,7 @@ class Trainer:
             backward(engine, torch.stack(terms).sum())
         return losses
 
-    def _stop(self, packs: list[Pack], divisors: dict[str, float]) -> None:
+    def _raise_non_finite(self, packs: list[Pack], divisors: dict[str, float]) -> None:
         """Goes over the step's packs once more to find the bad ones; raises NonFiniteError naming them. Collective."""
         bad: list[tuple[int, str]] = []  # how many gradients came before, what and where
         for number, pack in enumerate(packs):
@@ -162,7 +162,7 @@ class Trainer:
             found[:0] = [(-1, f"loss {t.name}") for t in losses.terms if not t.sum.isfinite()]
             where = f"pack {number} of rank {self.ranks.rank}, samples {', '.join(pack.sample_ids)}"
             bad += [(before, f"{what} in {where}") for before, what in found[:1]]
-        bad = parallel.lists_of_ranks(bad)
+        bad = sum(parallel.lists_of_ranks(bad), [])
         first = min((before for before, _ in bad), default=0)  # through the experts it spoils those of other ranks
         places = "; ".join(where for before, where in bad if before == first) or "no pack alone"
         what = f"step {self.position.step + 1}: not finite, and stopped before the optimizer step"

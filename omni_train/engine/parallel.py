@@ -6,7 +6,7 @@ import ctypes
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from omni_train.config import EngineConfig
 from omni_train.engine import shared_memory
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,11 @@ def gather_over_ranks(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def lists_of_ranks(own: list[Any]) -> list[Any]:
-    """The items of all ranks, in order of rank. Picklable ones."""
-    everywhere: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+def lists_of_ranks(own: list[Item]) -> list[list[Item]]:
+    """The list of each rank, in order of rank, on every rank. Items must be picklable."""
+    everywhere: list[list[Item]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, own)
-    return [item for items in everywhere for item in items]
+    return everywhere
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -176,11 +176,9 @@ def score(pairs: list[tuple[str, str]], with_cer: bool) -> dict[str, float]:
 Found = TypeVar("Found")
 
 
-def gather(found: list[Found], ranks: Ranks) -> list[Found]:
+def gather(found: list[Found]) -> list[Found]:
     """What all ranks found on every rank, in the order of the samples that the ranks took in turn."""
-    everything: list = [None] * ranks.world
-    dist.all_gather_object(everything, found)
-    return [one for turn in itertools.zip_longest(*everything) for one in turn if one is not None]
+    return [one for turn in itertools.zip_longest(*parallel.lists_of_ranks(found)) for one in turn if one is not None]
 
 
 def answer_tasks(
@@ -197,9 +195,9 @@ def answer_tasks(
     """Answers of an export to ``tasks`` ({task: source}) of a split, task by task, and of the control. Collective."""
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
     for task, samples in split_tasks(data, tasks, split).items():
-        pairs = gather(answer_all(thinker, data.message_encoder, samples, ranks, max_new_tokens), ranks)
+        pairs = gather(answer_all(thinker, data.message_encoder, samples, ranks, max_new_tokens))
         swapped = []
         if control:
             first = samples[:CONTROL_ITEMS]
-            swapped = gather(answer_all(thinker, data.message_encoder, first, ranks, max_new_tokens, control), ranks)
+            swapped = gather(answer_all(thinker, data.message_encoder, first, ranks, max_new_tokens, control))
         yield Answers(task, pairs, swapped, langs=langs_of(samples))

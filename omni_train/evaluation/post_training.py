@@ -148,4 +148,4 @@ def mean_reward(
         text = encoder.tokenizer.decode(answers[0].tokens, skip_special_tokens=True)
         answered = Answered(text, prompt.reference, prompt.question, len(answers[0].tokens), answers[0].is_ended)
         found.append((float(rewards(source, [answered])[0][0]), 0))
-    return float(np.mean([reward for reward, _ in gather(found, ranks)]))
+    return float(np.mean([reward for reward, _ in gather(found)]))

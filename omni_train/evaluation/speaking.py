@@ -160,7 +160,7 @@ def talker_figures(
         unseen = split_tasks(data, {task: source}, split)[task]
         seen = split_tasks(data, {task: source}, "train")[task][: len(unseen)]
         for name, samples in ((f"{task}_seen_words", seen), (f"{task}_unseen_words", unseen)):
-            heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world]), ranks)
+            heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world]))
             found.pairs = [(listener.snap(reply.text), reply.said) for reply in heard]
             found.figures[name] = word_accuracy(found.pairs)
             found.controls[name] = word_accuracy(swapped(found.pairs))
@@ -198,7 +198,7 @@ def preference_figures(
         errors, pairs = [], []
         for speaker in speakers:
             heard = [hear_replies(speaker, listener, mine, seed, has_pitch=False) for seed in range(ROUNDS)]
-            by_item = gather([[replies[n] for replies in heard] for n in range(len(mine))], ranks)
+            by_item = gather([[replies[n] for replies in heard] for n in range(len(mine))])
             errors.append(np.array([np.mean([jiwer.cer(h.said, h.text or " ") for h in item]) for item in by_item]))
             pairs = [(item[0].text, item[0].said) for item in by_item]
         before, after = (float(each.mean()) for each in errors)

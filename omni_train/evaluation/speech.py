@@ -236,7 +236,7 @@ def speech_figures(
             heard = [listener.snap(text) for text in listener.hear(mel, lengths.tolist())]
             quality = [0.0] * len(part) if made is None else list(map(stoi_of, part, made))
             found += zip(heard, [clip.text for clip in part], quality, strict=True)
-        results = gather(found, ranks)
+        results = gather(found)
         pairs = [(heard, said) for heard, said, _ in results]
         figures = {f"codec_words_{level}": word_accuracy(pairs)}
         controls = {f"codec_words_{level}": word_accuracy(swapped(pairs))}

@@ -101,7 +101,7 @@ def transcribe_tasks(
         own = samples[ranks.rank :: ranks.world]
         mine = transcribe_all(model, data.message_encoder, own, window_sec, max_new_tokens, ranks.device)
         for window, part in mine.items():
-            pairs = gather(part, ranks)
+            pairs = gather(part)
             others = [reference for _, reference in [*pairs[1:], pairs[0]]]
             swapped = [(answer, other) for (answer, _), other in zip(pairs, others, strict=True)]
             yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s", langs_of(samples))

@@ -51,7 +51,7 @@ def answers(ranks: Ranks, folder: str, num_samples: int, world: int) -> list[tup
     ).eval()
     encoder = Encoder(tokenizer, media_geometry(config.model.vision))
     capabilities.BATCH_TOKENS = 60  # two prompts a batch
-    return gather(answer_all(thinker, encoder, [spoken(n, f"word {n}") for n in range(num_samples)], ranks, 24), ranks)
+    return gather(answer_all(thinker, encoder, [spoken(n, f"word {n}") for n in range(num_samples)], ranks, 24))
 
 
 @pytest.mark.parametrize("num_samples", [5, 1])
