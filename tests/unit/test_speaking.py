@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from omni_train.engine import parallel
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation import speaking
 from omni_train.evaluation.speaking import Heard
@@ -40,7 +41,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(speaking, "hear_replies", hear)
     monkeypatch.setattr(speaking, "listener_of", lambda data, run_dir, ranks: SimpleNamespace(snap=lambda text: text))
     monkeypatch.setattr(speaking.DataPipeline, "of", lambda config: None)
-    monkeypatch.setattr(speaking, "gather", lambda found, ranks: found)
+    monkeypatch.setattr(parallel, "lists_of_ranks", lambda own: [own])
     monkeypatch.setattr(
         speaking, "split_tasks", lambda data, tasks, split: {t: [(split, said) for said in SAID[split]] for t in tasks}
     )
