@@ -178,7 +178,7 @@ def command_train(options: argparse.Namespace, arguments: list[str]) -> int:
         if os.environ["RANK"] == "0":
             check_unchanged(config)
             check_init(config)
-            check_inputs(config)
+            check_inputs(config, is_launched=True)
         if (Path(config.run_dir) / "DONE").exists():  # a requeued job that had finished
             return 0
     from omni_train.train import train

@@ -148,10 +148,13 @@ def command_data(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def write_codes(options: argparse.Namespace, layout: configuration.LayoutConfig) -> int:
+    import torch
+
     from omni_train.data.codes import add_codes
     from omni_train.models.codec import load_codec
 
-    encode, total = load_codec(Path(options.codec), options.codebooks), 0
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    encode, total = load_codec(Path(options.codec), options.codebooks, device), 0
     for shard, out in shards_of_rank(options):
         num_coded = add_codes(shard, out, encode, layout)
         total += num_coded

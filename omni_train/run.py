@@ -71,9 +71,12 @@ def check_unchanged(config: RunConfig) -> None:
         )
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig, is_launched: bool = False) -> None:
     """Fail before any process starts when data that the run needs is missing or damaged, or has more bad samples than
-    data.max_bad_samples; write missing indexes."""
+    data.max_bad_samples; write missing indexes.
+
+    ``is_launched``: the other ranks, and what they hold, are waiting already; then a missing index is an error too.
+    """
     from omni_train.data.bad_samples import SampleCount, is_share
     from omni_train.data.index import expand, load_index
     from omni_train.data.layouts import layout_id
@@ -89,11 +92,18 @@ def check_inputs(config: RunConfig) -> None:
     ]
     if not Path(config.data.tokenizer).is_dir():
         raise ConfigError(f"data.tokenizer '{config.data.tokenizer}' is no folder; give a Qwen3-Omni tokenizer folder")
+    tokenizer = None
+    if is_launched:
+        from omni_train.data.tokenizer import fingerprint, load_tokenizer
+
+        tokenizer = fingerprint(load_tokenizer(Path(config.data.tokenizer)))
     allowed, total = config.data.max_bad_samples, SampleCount()
     for source, shards in zip(sources, found, strict=True):
         try:
-            indexes = [load_index(shard, layout=layout_id(source)) for shard in shards]
+            indexes = [load_index(shard, tokenizer, layout_id(source)) for shard in shards]
         except DataError:  # missing or stale: only then are the heavy imports worth their seconds
+            if is_launched:
+                raise
             from omni_train.corpus import index_shards
 
             # A share is one of the samples of all sources, so a single source cannot tell.

@@ -390,10 +390,8 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
     if not is_resumed:
         trainer.mixture.start(mixture_weights(config), trainer.position.step)
     (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
-    for name, source in trainer.loader.planner.stats()["sources"].items():
-        if source["left_out"]:
-            what = f"samples are longer than stage.context ({config.stage.context:,} tokens) and left out"
-            print(f"  {name}: {source['left_out']:,} {what}", flush=True)
+    for warning in trainer.data.too_long(trainer.loader.planner):
+        print(f"  {warning}", flush=True)
     for line in trainer.stage.inventory:
         state = f"lr {line.lr:g}" if line.is_trained else "frozen"
         where = origin(config, line.component)

@@ -35,9 +35,10 @@ def video(
     seconds: float | None = None,
     picture: Callable[[int, tuple[int, int]], np.ndarray] = grey,
     ticks: Fraction = TICKS,
+    sound_from: float = 0.0,
 ) -> bytes:
-    """An mp4 of ``size`` (width, height) with ``tones`` samples of sound; frame n is shown from ``times[n]`` on, the
-    last one until ``seconds``. Times are stored in units of 1 / ``ticks`` seconds."""
+    """An mp4 of ``size`` (width, height) with ``tones`` samples of sound from ``sound_from`` seconds on; frame n is
+    shown from ``times[n]`` on, the last one until ``seconds``. Times are stored in units of 1 / ``ticks`` seconds."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=ticks)
@@ -56,7 +57,7 @@ def video(
         if sound is not None:
             wave = (0.3 * np.sin(np.arange(tones) * 0.2)).astype(np.float32)[None]
             frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16_000, 0
+            frame.sample_rate, frame.pts = 16_000, round(sound_from * 16_000)
             container.mux(sound.encode(frame))
             container.mux(sound.encode(None))
     return out.getvalue()

@@ -83,7 +83,8 @@ class AudioModelConfig:
 class VisionModelConfig:
     """The vision encoder; names are those of Qwen3OmniMoeVisionEncoderConfig. Pixels: limits of the resize.
 
-    ``video_fps`` frames a second are looked at, fewer in videos that would have more than ``video_max_frames``.
+    ``video_fps`` frames a second are looked at, fewer in videos that would have more than ``video_max_frames``. The
+    frames of a video share ``video_total_pixels`` (None: no bound), but none gets less than ``video_min_pixels``.
     """
 
     depth: int
@@ -99,6 +100,7 @@ class VisionModelConfig:
     max_pixels: int = 12845056
     video_min_pixels: int = 131072
     video_max_pixels: int = 786432
+    video_total_pixels: int | None = None
     video_fps: float = 2.0
     video_max_frames: int = 768
 

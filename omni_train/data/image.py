@@ -29,8 +29,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow raises on damaged files besides ValueError.
-_DAMAGE = (OSError, SyntaxError, LookupError, TypeError, ArithmeticError, MemoryError, struct.error, zlib.error)
+# What Pillow raises on damaged files besides ValueError; RuntimeError comes from its AVIF decoder.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 # Every byte value after rescale (in float64, as upstream does) and normalisation with mean 0.5 and std 0.5.
 _NORMALISED = ((np.arange(256, dtype=np.float64) / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from omni_train.data.contracts import BadSample, MediaFacts, SampleFacts
 from omni_train.data.rows import scan_samples
 from omni_train.data.shard import DataError, is_url, shard_size
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 INDEX_FORMAT = "omni-train shard index"
 
 Describe = Callable[[str, dict[str, bytes]], tuple[int, list[MediaFacts], bool]]
@@ -283,7 +284,7 @@ def _write_atomically(path: str, data: bytes) -> None:
         with fsspec.open(path, "wb") as file:
             file.write(data)
         return
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = f"{path}.tmp{uuid.uuid4().hex[:12]}"  # of containers with a common file system, too
     try:
         with open(temporary, "wb") as file:
             file.write(data)

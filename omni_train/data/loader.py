@@ -8,6 +8,7 @@ prefetched, by how many workers, and how many ranks there are leaves no trace in
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -106,7 +107,8 @@ class StepLoader(Generic[Loaded]):
     """Packs of this rank, step by step.
 
     ``load_pack`` reads, encodes and collates one PackPlan; with ``num_workers`` ≥ 1 it must be picklable and runs in
-    that many processes with one torch thread each, ``prefetch_steps`` steps ahead; with 0 it runs inline.
+    that many processes with one torch thread each, ``prefetch_steps`` steps ahead (None: as many, at least two, as give
+    each process two packs); with 0 it runs inline.
     ``make_dummy`` makes the masked pack of a rank that has fewer than others. Use as a context manager, or call
     ``close``.
     """
@@ -119,8 +121,11 @@ class StepLoader(Generic[Loaded]):
         rank: int,
         world: int,
         num_workers: int = 0,
-        prefetch_steps: int = 2,
+        prefetch_steps: int | None = None,
     ):
+        if prefetch_steps is None:
+            packs_a_step = -(-planner.lanes // world) * planner.packs_per_lane
+            prefetch_steps = max(2, math.ceil(2 * num_workers / packs_a_step))
         if num_workers < 0 or prefetch_steps < 1:
             raise ValueError(f"num_workers ({num_workers}) must be >= 0 and prefetch_steps ({prefetch_steps}) >= 1")
         if not 0 <= rank < world <= planner.lanes:

@@ -32,8 +32,9 @@ class MediaGeometry:
     """Sizes that decide how media become tokens. Defaults are those of the published preprocessor.
 
     ``min_pixels`` and ``max_pixels`` bound a picture after the resize, the ``video_`` pair one frame of a video.
-    ``video_fps`` is the wanted frame rate, lowered for videos of more than ``video_max_frames``. The audio fields
-    state what the code is built for; another value is refused.
+    The frames of a video share ``video_total_pixels`` (None: no bound; ``total_pixels`` of qwen-omni-utils), but none
+    gets less than ``video_min_pixels``. ``video_fps`` is the wanted frame rate, lowered for videos of
+    more than ``video_max_frames``. The audio fields state what the code is built for; another value is refused.
     """
 
     patch_size: int = 16
@@ -43,6 +44,7 @@ class MediaGeometry:
     max_pixels: int = 12_845_056
     video_min_pixels: int = 128 * 32 * 32
     video_max_pixels: int = 768 * 32 * 32
+    video_total_pixels: int | None = None
     video_fps: float = 2.0
     video_max_frames: int = 768
     position_id_per_seconds: int = 13
@@ -166,10 +168,12 @@ def video_num_grids(num_frames: int, fps: float, geometry: MediaGeometry) -> int
 
 def video_grid(width: int, height: int, num_frames: int, fps: float, geometry: MediaGeometry) -> tuple[int, int, int]:
     """(t, h, w) in patches of a video of ``num_frames`` at ``fps``."""
-    new_height, new_width = _resize(
-        height, width, geometry.factor, geometry.video_min_pixels, geometry.video_max_pixels
-    )
     num_grids = video_num_grids(num_frames, fps, geometry)
+    least, most = geometry.video_min_pixels, geometry.video_max_pixels
+    if geometry.video_total_pixels is not None:
+        share = geometry.video_total_pixels // (num_grids * geometry.temporal_patch_size)
+        most = max(least, geometry.factor**2, min(most, share))
+    new_height, new_width = _resize(height, width, geometry.factor, least, most)
     return num_grids, new_height // geometry.patch_size, new_width // geometry.patch_size
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from omni_train.data.index import ShardIndex, ensure_index, expand
 from omni_train.data.layouts import layout_id
 from omni_train.data.loader import PackReader, StepLoader
 from omni_train.data.media_tokens import MediaGeometry
+from omni_train.data.order import is_usable
 from omni_train.data.planner import Planner, Source, plan_once
 from omni_train.data.shard import DataError, SampleError
 from omni_train.data.speech import SpeechEncoder
@@ -128,6 +129,7 @@ def media_geometry(vision: VisionModelConfig) -> MediaGeometry:
         max_pixels=vision.max_pixels,
         video_min_pixels=vision.video_min_pixels,
         video_max_pixels=vision.video_max_pixels,
+        video_total_pixels=vision.video_total_pixels,
         video_fps=vision.video_fps,
         video_max_frames=vision.video_max_frames,
     )
@@ -237,6 +239,18 @@ class DataPipeline:
     def dummy(self) -> Pack:
         """A pack without samples, for a rank that has none."""
         return self.encoder.dummy()
+
+    def too_long(self, planner: Planner) -> Iterator[str]:
+        """A line for each source, of the mixture and of validation, that has samples longer than the context, which are
+        left out."""
+        context = self.config.stage.context
+        left_out = {f"mixture.{name}": source["left_out"] for name, source in planner.stats()["sources"].items()}
+        for name, settings in self.config.validation.items():
+            usable = is_usable(self._source(name, self.indexed(settings)), context)
+            left_out[f"validation.{name}"] = sum(int((~mask).sum()) for mask in usable)
+        for name, number in left_out.items():
+            if number:
+                yield f"{name}: {number:,} samples are longer than stage.context ({context:,} tokens) and left out"
 
     def validation_packs(self, name: str, settings: ShardsConfig, max_tokens: int) -> list[PackPlan]:
         """Plans of one ordered pass over a validation source, cut after ``max_tokens``."""

@@ -225,13 +225,18 @@ class Planner:
 
 
 def plan_once(source: Source, context: int) -> list[list[DocumentPlan]]:
-    """The packs of one ordered pass over ``source``: no shuffle, first-fit, without samples too long to be used."""
+    """The packs of one ordered pass over ``source``: no shuffle, first-fit, without samples too long to be used.
+
+    Raises ValueError when that leaves none.
+    """
     documents = []
     for shard, usable in enumerate(is_usable(source, context)):
         for index in np.flatnonzero(usable).tolist():
             tokens = int(source.lengths[shard][index])
             for start in range(0, tokens, context):
                 documents.append(DocumentPlan(source.name, shard, index, start, min(start + context, tokens)))
+    if not documents:
+        raise ValueError(f"source {source.name!r}: no sample fits {context:,} tokens; raise the context or remove it")
     bins = first_fit([document.num_tokens for document in documents], context)
     return [[documents[position] for position in positions] for positions in bins]
 

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ ROLES = {"tool_response": "tool", "human": "user", "gpt": "assistant", "observat
 """Other names of our roles."""
 KEPT = ("task", "lang", "speaker", "license")
 
+MOST_ROW_GROUPS, MOST_BYTES = 64, 1 << 29
 _PLACEHOLDER = re.compile("<(image|audio|video)>")
 
 
@@ -145,10 +147,21 @@ def _parquet(path: str, modified: int) -> tuple[Any, list[int]]:
     return file, starts
 
 
-@functools.lru_cache(maxsize=2)
+_row_groups: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
+"""Those asked for last, up to MOST_ROW_GROUPS and MOST_BYTES: a lane's window of samples is of many."""
+
+
 def _row_group(path: str, modified: int, group: int) -> Any:
-    """One row group as an Arrow table; neighbours are asked for next, so the last two are kept."""
-    return _parquet(path, modified)[0].read_row_group(group)
+    """One row group as an Arrow table."""
+    key = path, modified, group
+    if key not in _row_groups:
+        _row_groups[key] = _parquet(path, modified)[0].read_row_group(group)
+    _row_groups.move_to_end(key)
+    while len(_row_groups) > 1 and (
+        len(_row_groups) > MOST_ROW_GROUPS or sum(table.nbytes for table in _row_groups.values()) > MOST_BYTES
+    ):
+        _row_groups.popitem(last=False)
+    return _row_groups[key]
 
 
 def _parquet_row(path: str, number: int) -> dict[str, Any]:
@@ -168,6 +181,11 @@ def row_members(row: dict[str, Any], folder: Path) -> dict[str, bytes]:
     if "messages" not in row:
         if not isinstance(row.get("text"), str):
             raise ValueError(f"the row has neither 'messages' nor 'text'; it has {', '.join(sorted(row)) or 'nothing'}")
+        if named := [name for pair in COLUMNS.items() for name in pair if row.get(name)]:
+            raise ValueError(
+                f"the row has 'text' beside '{named[0]}', which a text has no place for; write 'messages' whose user "
+                "says the medium (`<image>`) and whose assistant says the text"
+            )
         return {"json": json.dumps({**content, "text": row["text"]}).encode()}
     messages, tools = row["messages"], row.get("tools")
     if not isinstance(messages, list):

@@ -33,6 +33,7 @@ from omni_train.data.media_tokens import (
 
 _OPTIONS = {"format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"}
 """What FFmpeg may open, whatever a member is called. Not playlists, which name other files and addresses."""
+_HALF_TOKEN_SAMPLES = SAMPLE_RATE_HZ // 25
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 
@@ -66,8 +67,21 @@ def _stored_facts(member: str, data: bytes, container: av.container.InputContain
             raise ValueError("the video has no sound, but its part says use_audio_in_video; set that to false")
         facts.sample_rate_hz = SAMPLE_RATE_HZ
         seconds = _seconds(container.streams.audio[0], container)
-        facts.num_samples = max(MIN_SAMPLES, round(seconds * SAMPLE_RATE_HZ))
+        facts.num_samples = max(MIN_SAMPLES, round(seconds * SAMPLE_RATE_HZ) + _sound_lead(container))
     return facts
+
+
+def _sound_lead(container: av.container.InputContainer) -> int:
+    """Samples at 16 kHz from the first picture to the first sound, negative where the sound begins before.
+
+    0 for less than half an audio token: that much a codec's own delay may be.
+    """
+    video, audio = (
+        float((stream.start_time or 0) * stream.time_base)
+        for stream in (_video_stream(container), container.streams.audio[0])
+    )
+    lead = round((audio - video) * SAMPLE_RATE_HZ)
+    return lead if abs(lead) >= _HALF_TOKEN_SAMPLES else 0
 
 
 def _seen(stored: MediaFacts, quarter_turns: int) -> MediaFacts:
@@ -107,7 +121,8 @@ class Video:
 def decode_video(data: bytes, geometry: MediaGeometry, with_sound: bool = False) -> Video:
     """The frames of a video file that the planner counted on, and its sound if wanted, from one pass over the file.
 
-    The sound is cut or padded with silence to the length in the header. Raises ValueError for a file that is broken.
+    The sound begins with the first picture (by silence or a cut where its track begins elsewhere) and has the length
+    that the header says. Raises ValueError for a file that is broken.
     """
     with _open(data) as container:
         stored = _stored_facts("", data, container, with_sound)
@@ -137,7 +152,7 @@ def _decode(
 ) -> tuple[np.ndarray, int, np.ndarray | None]:
     """(``_Screen`` at ``times``, its quarter turns, ``_Sound`` of that length or None), no further than needed."""
     stream = _video_stream(container)
-    screen, sound = _Screen(stream, times), _Sound()
+    screen, sound = _Screen(stream, times), _Sound(_sound_lead(container) if num_samples is not None else 0)
     streams: list[av.VideoStream | av.AudioStream] = [stream]
     if num_samples is not None:
         streams.append(container.streams.audio[0])
@@ -151,6 +166,8 @@ def _decode(
             elif not screen.is_full:
                 what = "video"
                 for frame in packet.decode():
+                    if frame.is_corrupt:  # what FFmpeg makes up for a damaged part of H.264
+                        raise ValueError(f"cannot decode the video: its frame at {frame.time} s is damaged")
                     screen.add(frame)
             elif num_samples is None:
                 break
@@ -208,9 +225,11 @@ class _Screen:
 
 
 class _Sound:
-    """Audio frames added in order, as one wave: mono, 16 kHz."""
+    """Audio frames added in order, as one wave: mono, 16 kHz; ``lead`` samples of silence come first, or where it is
+    negative as many of its own are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, lead: int) -> None:
+        self._lead = lead
         self._resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
         self._pieces: list[np.ndarray] = []
 
@@ -222,6 +241,7 @@ class _Sound:
         """Float32 [num_samples], cut or padded with silence. Raises ValueError for samples that are no numbers."""
         self.add(None)
         wave = np.concatenate(self._pieces) if self._pieces else np.zeros(0, np.float32)
+        wave = np.pad(wave, (self._lead, 0)) if self._lead > 0 else wave[-self._lead :]
         if not np.isfinite(wave).all():
             raise ValueError("the video's sound holds NaN or infinite samples")
         return np.pad(wave, (0, max(0, num_samples - len(wave))))[:num_samples].astype(np.float32, copy=False)
@@ -233,7 +253,7 @@ def _open(data: bytes) -> Iterator[av.container.InputContainer]:
         raise ValueError("video is empty (0 bytes)")
     _check_mp4_is_whole(data)
     try:
-        container = av.open(io.BytesIO(data), options=_OPTIONS)
+        container = av.open(io.BytesIO(data), options=_OPTIONS, metadata_errors="replace")  # a Latin-1 title
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"cannot read video of {len(data):,} bytes: {error}; use mp4 or webm") from error
     with container:

@@ -44,7 +44,9 @@ def deepspeed_config(
         "gradient_allreduce_op": "mean" if engine.zero_stage == 3 else "sum",
     }
     if engine.precision is Precision.bf16 and is_trained:
-        config["bf16"] = {"enabled": True}
+        # NOTE: without it ZeRO 1 clears a pack's gradients when those of the next output begin, and sees outputs in
+        # tuples and dictionaries alone: the towers' gradients were added again with each further pack of a step.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if moe is not None:
         config["expert_parallel"] = {

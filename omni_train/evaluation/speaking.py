@@ -66,6 +66,7 @@ class Speaker:
         load_components(self.code2wav, code2wav, {"code2wav"})
         for module in (self.thinker, self.talker, self.code2wav):
             module.eval().to(ranks.device)
+        self.device = ranks.device
         assert isinstance(data.encoder, Encoder) and data.encoder.speech is not None  # a Talker's stage
         self.encoder, self.format = data.encoder, data.encoder.speech
 
@@ -99,7 +100,8 @@ class Speaker:
         ):
             for own, frame, still in zip(found, frames, is_open.tolist(), strict=True):
                 own += [frame] if still else []
-        return [torch.stack(own, dim=1) if own else torch.empty(num_groups, 0, dtype=torch.long) for own in found]
+        silence = torch.empty(num_groups, 0, dtype=torch.long, device=self.device)
+        return [torch.stack(own, dim=1) if own else silence for own in found]
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a reply, as they follow the head of its turn."""

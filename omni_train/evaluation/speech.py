@@ -187,7 +187,10 @@ def clips_of(samples: Sequence[Sample]) -> list[Clip]:
         member = speech_member(sample.content)
         if member is None:
             raise ConfigError(f"sample {sample.id} has no clip to compare with; measure tasks of speech")
-        clips.append(Clip(decode_audio(sample.members[member], CODEC_SAMPLE_RATE_HZ), text))
+        try:
+            clips.append(Clip(decode_audio(sample.members[member], CODEC_SAMPLE_RATE_HZ), text))
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id}: member {member!r}: {error}") from error
     return clips
 
 

@@ -304,7 +304,9 @@ class FrozenCodec(nn.Module):
         return self.codec_encoder.encode(pack_waves(pack)[0])
 
 
-def load_codec(folder: Path, num_codebooks: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+def load_codec(
+    folder: Path, num_codebooks: int | None = None, device: torch.device | str = "cpu"
+) -> Callable[[np.ndarray], np.ndarray]:
     """A function from a 24 kHz wave [n] to its codes [G, ceil(n / 1920)]: our codec, or transformers' Mimi.
 
     ``folder`` is an export of stage codec or code2wav, or holds a Mimi checkpoint. ``num_codebooks``: the first so
@@ -316,11 +318,12 @@ def load_codec(folder: Path, num_codebooks: int | None = None) -> Callable[[np.n
     description = json.loads(config.read_text())
     kind = description.get("model_type")
     if kind == "mimi":
-        mimi = MimiModel.from_pretrained(folder).eval()
+        mimi = MimiModel.from_pretrained(folder).eval().to(device)
         num_available, encode = mimi.config.num_quantizers, lambda wave: mimi.encode(wave[:, None]).audio_codes
     elif kind in ("omni_train_codec", "omni_train_code2wav"):
         codec = FrozenCodec(CodecModelConfig(**description["model"]["codec"])).eval()
         load_components(codec, Path(folder), {"codec_encoder"})
+        codec.to(device)
         num_available, encode = codec.codec_encoder.num_codebooks, codec.codec_encoder.encode
     else:
         raise ConfigError(
@@ -332,7 +335,7 @@ def load_codec(folder: Path, num_codebooks: int | None = None) -> Callable[[np.n
     @torch.no_grad()
     def codes_of(wave: np.ndarray) -> np.ndarray:
         padded = F.pad(torch.from_numpy(wave), (0, -len(wave) % SAMPLES_PER_CODEC_FRAME))
-        return encode(padded[None])[0, :num_codebooks].numpy()
+        return encode(padded[None].to(device))[0, :num_codebooks].cpu().numpy()
 
     return codes_of
 

@@ -33,7 +33,7 @@ from omni_train.data.media_tokens import MediaGeometry
 from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline, PackBuilder
 from omni_train.data.shard import DataError
-from omni_train.data.tokenizer import load_tokenizer, train_tokenizer
+from omni_train.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from omni_train.run import check_inputs
 
 GEOMETRY = MediaGeometry(
@@ -118,6 +118,12 @@ def garbled(data: bytes, start: float = 0.5, stop: float = 0.9) -> bytes:
     """The bytes with zeros in place of a stretch."""
     first, last = int(len(data) * start), int(len(data) * stop)
     return data[:first] + bytes(last - first) + data[last:]
+
+
+def spoilt(data: bytes, box: bytes, offset: int) -> bytes:
+    """The bytes with one of them set to 255, that many behind the start of a box's name."""
+    at = data.index(box) + offset
+    return data[:at] + b"\xff" + data[at + 1 :]
 
 
 def header_first(data: bytes, folder: Path) -> bytes:
@@ -241,6 +247,14 @@ CASES: dict[str, tuple[Any, Refused | Right]] = {
         Refused("cannot read picture: image file is trunc"),
     ),
     "webp cut short": (chat("image", "i.webp", cut(picture(noise(), "WEBP"))), Refused("cannot read picture of")),
+    "avif without its picture": (
+        chat("image", "i.jpg", spoilt(picture(noise(), "AVIF"), b"pitm", 8)),
+        Refused("member 'i.jpg': cannot read picture of .* Missing or empty image item"),
+    ),
+    "avif with a broken body": (
+        chat("image", "i.avif", spoilt(picture(noise(), "AVIF"), b"mdat", 4)),
+        Refused("member 'i.avif': cannot decode picture of .* color planes", "decode"),
+    ),
     "floating-point tiff": (chat("image", "i.tiff", picture(white("F"), "TIFF")), Refused("floating-point", "decode")),
     "PostScript called jpg": (
         chat("image", "i.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"),
@@ -441,6 +455,20 @@ def drain(loader: Any) -> list[list[Pack]]:
             steps.append(loader.next_step())
     except OutOfData:
         return steps
+
+
+def test_under_a_launcher_a_missing_index_is_an_error_instead_of_a_wait(tmp_path, config):
+    shard = write(tmp_path, [GOOD])
+    with pytest.raises(DataError, match="the index is missing; run `omni-train data index"):
+        check_inputs(config, is_launched=True)
+    assert not Path(index_path(shard)).exists()
+    check_inputs(config)
+    check_inputs(config, is_launched=True)
+    build = Path(index_path(shard))
+    build.write_text(build.read_text().replace(fingerprint(load_tokenizer(Path(config.data.tokenizer))), "another"))
+    check_inputs(config)
+    with pytest.raises(DataError, match="was made with tokenizer 'another'"):
+        check_inputs(config, is_launched=True)
 
 
 def test_indexing_stops_at_the_budget_and_goes_on_within_it(tmp_path, config):

@@ -398,6 +398,12 @@ def test_validation_reads_layouts_too(tmp_path: Path, tokenizer: Path) -> None:
     assert [name.rpartition("/")[2] for name in pack.sample_ids] == ["000000000", "000000002", "000000003"]
     learnt = data.tokenizer.decode(pack.shift_labels[pack.shift_labels >= 0])
     assert learnt == "".join(f"a red dog no {n}<|im_end|>" for n in (0, 2, 3))
+    with data.loader(0, 1) as loader:
+        assert list(data.too_long(loader.planner)) == []
+        config.stage.context = 1
+        assert list(data.too_long(loader.planner)) == [
+            "validation.held: 3 samples are longer than stage.context (1 tokens) and left out"
+        ]
 
 
 @pytest.mark.parametrize(

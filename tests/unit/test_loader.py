@@ -210,6 +210,13 @@ def test_steps_are_loaded_ahead():
         assert all(future.done() for future in futures)
 
 
+@pytest.mark.parametrize(("world", "num_workers", "expected"), [(1, 1, 2), (3, 1, 2), (1, 16, 6), (3, 16, 16)])
+def test_every_worker_has_two_packs_however_few_a_step_has(world, num_workers, expected):
+    """Three lanes of two packs: six packs a step on one rank, two on each of three."""
+    with StepLoader(make_planner(), FakeLoad(), dummy, 0, world, num_workers) as loader:
+        assert loader._prefetch_steps == expected
+
+
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {tests!r})

@@ -177,6 +177,8 @@ def test_scan_index_and_reader_agree_on_every_row(kind, folder):
 
 WRONG = [
     ({"images": [RED]}, "neither 'messages' nor 'text'; it has images"),
+    ({"image": {"path": RED}, "text": "a cat"}, "the row has 'text' beside 'image', which a text has no place for"),
+    ({"audios": [RED], "text": "a cat"}, "the row has 'text' beside 'audios'"),
     ({"messages": "hi"}, "'messages' is str"),
     ({"messages": ["hi"]}, "message 0 is str"),
     ({"messages": [{"role": "user", "content": "<image>"}]}, "message 0 asks for more of kind image than the 0"),

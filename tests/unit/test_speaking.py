@@ -91,6 +91,7 @@ def test_heat_scales_both_of_stocks_temperatures_and_none_takes_the_most_likely(
     speaker, seen = object.__new__(speaking.Speaker), {}
     llm, talker = SimpleNamespace(llm=None), SimpleNamespace(num_code_groups=4)
     speaker.thinker, speaker.talker, speaker.format = llm, None, SimpleNamespace(talker=talker)
+    speaker.device = torch.device("meta")
     speaker.encoder = SimpleNamespace(prompt_and_answer=lambda sample: ("prompt", "answer"), geometry=None)
     monkeypatch.setattr(speaking.Speaker, "tokens", lambda self, text: [1])
     monkeypatch.setattr(speaking, "media_states", lambda thinker, prompts, *_: prompts)
@@ -98,6 +99,7 @@ def test_heat_scales_both_of_stocks_temperatures_and_none_takes_the_most_likely(
     monkeypatch.setattr(speaking, "speak", lambda *_, **options: seen.update(options) or [])
     sample = SimpleNamespace(content={"speaker": "anna"}, members={speaking.CODES: b""})
     drawn = () if heat is None else (torch.Generator(), heat)
-    assert speaker.codes([sample], *drawn)[0].shape == (4, 0)
+    (silence,) = speaker.codes([sample], *drawn)
+    assert silence.shape == (4, 0) and silence.device == speaker.device  # beside the codes of other replies
     assert (seen["sampling"].temperature, seen["mtp_sampling"].temperature) == pytest.approx(expected)
     assert seen["max_frames"] == 4 * 7

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import random
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import yaml
 from clips import grey, on_its_side, steady_video, video
 
+from omni_train.config import load
 from omni_train.data.chatml import Describe
 from omni_train.data.contracts import Sample, SampleFacts
 from omni_train.data.encode import Encoder
 from omni_train.data.media_tokens import MediaGeometry, video_grid
+from omni_train.data.pipeline import media_geometry
 from omni_train.data.positions import video_token_times
 from omni_train.data.tokenizer import load_tokenizer, train_tokenizer
 from omni_train.data.video import decode_video, patchify_frames, video_facts
@@ -103,6 +110,43 @@ def test_sound_has_the_length_that_was_counted():
     assert decode_video(data, GEOMETRY).wave is None
 
 
+@pytest.mark.parametrize(("pictures_from", "sound_from"), [(0.0, 0.96), (0.96, 0.0), (0.0, 0.02)])
+def test_sound_stays_with_the_pictures_where_their_tracks_begin_at_different_times(pictures_from, sound_from):
+    """As long as it is stored and by what it begins later, silent until then; what is before the pictures is cut."""
+    times = [pictures_from + n / 10 for n in range(20)]
+    data = video(times, tones=16_000, sound_from=sound_from)
+    num_samples = video_facts("v", data, with_sound=True).num_samples
+    wave = decode_video(data, GEOMETRY, with_sound=True).wave
+    lead = sound_from - pictures_from if abs(sound_from - pictures_from) >= 0.04 else 0.0
+    assert wave.shape == (num_samples,) and num_samples == pytest.approx(16_000 * (1 + lead), abs=2_100)  # AAC's frames
+    loud = np.flatnonzero(np.abs(wave) > 0.1)
+    assert loud[0] == pytest.approx(16_000 * max(0.0, lead), abs=1_100)
+    assert loud[-1] == pytest.approx(16_000 * (1 + lead), abs=1_100)
+
+
+def test_a_damaged_frame_of_h264_is_refused_where_ffmpeg_knows_of_it():
+    """FFmpeg makes up what is missing of a frame and goes on; sometimes it says so."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.thread_count = 1
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    data, found = out.getvalue(), []
+    decode_video(data, GEOMETRY)
+    body = data.index(b"mdat")
+    for at in range(body + 1_000, body + 20_000, 500):
+        try:
+            decode_video(data[:at] + b"\xaa" * 6 + data[at + 6 :], GEOMETRY)
+        except ValueError as error:
+            found.append(str(error))
+    assert any("cannot decode the video: its frame at" in message for message in found)
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
@@ -140,10 +184,25 @@ def sample(has_sound: bool, data: bytes | None = None) -> Sample:
     return Sample("video", "shard.tar", "k", content, {"json": json.dumps(content).encode(), "v.mp4": data})
 
 
+@pytest.mark.parametrize(
+    ("stage", "seconds", "frames", "tokens"),
+    [("s2_general", 10, 20, 5_940), ("s2_general", 100, 92, 5_520), ("s3_long_context", 600, 380, 22_800)],
+)
+def test_a_long_video_of_high_definition_fits_the_context_of_its_stage(stage, seconds, frames, tokens):
+    """720p with sound under the limits of the published size's recipe; up to a twelfth of what it would have."""
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes/qwen3_omni_30b_a3b.yaml").read_text())
+    (own,) = (entry["overrides"] for entry in recipe["stages"] if entry["stage"] == stage)
+    config = load(stage, [*recipe["overrides"], *(value for value in own if not value.startswith("+init"))])
+    grid = video_grid(1_280, 720, 25 * seconds, 25.0, media_geometry(config.model.vision))
+    assert (2 * grid[0], math.prod(grid) // 4) == (frames, tokens)
+    assert tokens + 13 * seconds < config.stage.context
+    assert math.prod(video_grid(1_280, 720, 25 * seconds, 25.0, MediaGeometry())) // 4 > tokens
+
+
 @pytest.mark.parametrize("has_sound", [False, True])
 def test_the_index_counts_the_tokens_that_the_encoder_makes(folder, has_sound):
     """For any size, rate and length of picture and sound, more frames than the limit among them."""
-    geometry = replace(GEOMETRY, video_max_frames=12)
+    geometry = replace(GEOMETRY, video_max_frames=12, video_total_pixels=20_000)
     encoder, describe = Encoder(load_tokenizer(folder), geometry), Describe(folder)
     rng = random.Random(0)
     found = set()
