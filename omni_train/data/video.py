@@ -33,7 +33,6 @@ from omni_train.data.media_tokens import (
 
 _OPTIONS = {"format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"}
 """What FFmpeg may open, whatever a member is called. Not playlists, which name other files and addresses."""
-_HALF_TOKEN_SAMPLES = SAMPLE_RATE_HZ // 25
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 
@@ -74,14 +73,14 @@ def _stored_facts(member: str, data: bytes, container: av.container.InputContain
 def _sound_lead(container: av.container.InputContainer) -> int:
     """Samples at 16 kHz from the first picture to the first sound, negative where the sound begins before.
 
-    0 for less than half an audio token: that much a codec's own delay may be.
+    0 for less than a fifth of a second: headers tell a codec's own delay, which its decoder takes out, in the same way.
     """
     video, audio = (
         float((stream.start_time or 0) * stream.time_base)
         for stream in (_video_stream(container), container.streams.audio[0])
     )
     lead = round((audio - video) * SAMPLE_RATE_HZ)
-    return lead if abs(lead) >= _HALF_TOKEN_SAMPLES else 0
+    return lead if abs(lead) >= SAMPLE_RATE_HZ // 5 else 0
 
 
 def _seen(stored: MediaFacts, quarter_turns: int) -> MediaFacts:
