@@ -310,6 +310,7 @@ class Case:
     recompute: bool = False
     bucket_numbers: int = 0  # largest bucket of gradients; 0: as the engine says, which here is one for all
     shards_all: bool = False  # ZeRO-3 leaves parameters under 1e5 entries whole: here it would shard none
+    overlaps: bool = False  # gradients are reduced while others are computed, as on a GPU
     mutation: str = ""
 
 
@@ -546,6 +547,8 @@ def run_case(ranks: Ranks, case: Case, folder: str, teacher: str = "") -> Trajec
             stack.enter_context(mock.patch.dict(engine_module.BUCKET_NUMBERS, cpu=case.bucket_numbers))
         if case.shards_all:
             stack.enter_context(shard_all())
+        if case.overlaps:
+            stack.enter_context(zero_settings(overlap_comm=True, use_multi_rank_bucket_allreduce=True))
         micro_batches = len(packs_of_rank(case, config, ids, 0, ranks.rank))
         trainer = make_trainer(config, ranks, micro_batches)
         steps = []
@@ -569,17 +572,22 @@ def look(trainer: train.Trainer, packs: list[Pack]) -> None:
         engine.train()
 
 
-@contextlib.contextmanager
-def shard_all() -> Iterator[None]:
+def shard_all() -> contextlib.AbstractContextManager[None]:
     """ZeRO-3 shards every parameter, also small ones, and gathers each when its module begins, not before."""
+    return zero_settings(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0)
+
+
+@contextlib.contextmanager
+def zero_settings(**values: Any) -> Iterator[None]:
+    """Engines with other settings of ZeRO than the project's."""
     real = engine_module.deepspeed_config
 
-    def sharding(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def changed(*args: Any, **kwargs: Any) -> dict[str, Any]:
         found = real(*args, **kwargs)
-        found["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+        found["zero_optimization"] |= values
         return found
 
-    with mock.patch.object(engine_module, "deepspeed_config", sharding):
+    with mock.patch.object(engine_module, "deepspeed_config", changed):
         yield
 
 

@@ -54,6 +54,13 @@ TRAINABLE = {
     Objective.talker_dpo: ("talker", "mtp"),
 }
 """Components that an objective's gradient reaches; a stage may train these and no others."""
+NEEDED = {
+    Objective.distillation: "llm",
+    Objective.gspo: "llm",
+    Objective.talker: "talker",  # DeepSpeed's optimizers want trained experts where there are experts
+    Objective.talker_dpo: "talker",
+}
+"""The component without which a stage of an objective cannot train."""
 
 
 class Schedule(Enum):
@@ -112,9 +119,11 @@ class StageConfig:
                     f"stage.components.{name}: stage {self.name} does not train '{name}' with objective "
                     f"{self.objective.name}; its components: {', '.join(TRAINABLE[self.objective])}"
                 )
-        if self.objective in (Objective.distillation, Objective.gspo) and "llm" not in self.components:
+        needed = NEEDED.get(self.objective)
+        if needed is not None and needed not in self.components:
             raise ConfigError(
-                f"stage.components lacks 'llm', which objective {self.objective.name} trains; add stage.components.llm"
+                f"stage.components lacks '{needed}', which objective {self.objective.name} trains; "
+                f"add stage.components.{needed}"
             )
         if not (len(self.audio_window_sec) == 2 and 1 <= self.audio_window_sec[0] <= self.audio_window_sec[1] <= 8):
             raise ConfigError(

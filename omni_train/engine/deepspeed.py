@@ -44,8 +44,8 @@ def deepspeed_config(
         "gradient_allreduce_op": "mean" if engine.zero_stage == 3 else "sum",
     }
     if engine.precision is Precision.bf16 and is_trained:
-        # NOTE: without it ZeRO 1 clears a pack's gradients when those of the next output begin, and sees outputs in
-        # tuples and dictionaries alone: the towers' gradients were added again with each further pack of a step.
+        # Each gradient goes to its fp32 sum, and out of memory, when it is there. NOTE: else it is cleared by a hook on
+        # outputs that the towers do not have (see ``backward``): with each pack the ones before were added again.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if moe is not None:
@@ -121,6 +121,10 @@ def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: fl
 
 def backward(engine, loss: torch.Tensor) -> None:
     """Gradients of ``loss``, a rank's share of a sum over ranks, added to those of the step's packs before."""
+    # NOTE: DeepSpeed tells the optimizer from hooks on the outputs of a forward, which it finds in tuples, lists and
+    # dictionaries alone, whether this is the step's last pack. Those of towers are in none: on a GPU, where gradients
+    # are reduced while others are computed, what came after a step's first pack was lost.
+    engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
     # ZeRO 3 averages.
     engine.backward(loss * engine.world_size if engine.gradient_average else loss, scale_wrt_gas=False)
 

@@ -34,6 +34,7 @@ slow = pytest.mark.slow
     [
         *[pytest.param(name, EP_2, id=f"{name}, EP 2", marks=[] if name == "LLM frozen" else slow) for name in CASES],
         pytest.param("whole model", {}, id="one rank", marks=slow),
+        pytest.param("whole model", {**EP_2, "world": 4}, id="4 ranks, EP 2", marks=slow),
         pytest.param("whole model", {**EP_2, "zero_stage": 2}, id="ZeRO 2, EP 2", marks=slow),
         pytest.param("whole model", {**EP_2, "zero_stage": 3, "recompute": True}, id="ZeRO 3, EP 2", marks=slow),
     ],

@@ -189,6 +189,8 @@ def test_an_error_that_is_its_own_cause_is_explained_all_the_same() -> None:
 def test_what_learns_from_answers_trains_the_llm(stage: str) -> None:
     with pytest.raises(ConfigError, match="lacks 'llm'.*add stage.components.llm"):
         load(stage, ["~stage.components.llm"])
+    with pytest.raises(ConfigError, match="lacks 'talker'.*add stage.components.talker"):
+        load("talker_cpt", ["~stage.components.talker"])
 
 
 def test_the_thinker_is_short_for_its_components() -> None:
