@@ -13,7 +13,7 @@ NORM_TOLERANCE = 0.08  # on the first gradient's; AdamW hides a factor from the 
 EP_2 = {"world": 2, "expert_parallel": 2}
 CASES = {
     "whole model": Case(),
-    "LLM frozen": Case(components=TOWERS),
+    "LLM frozen": Case(components=TOWERS, num_steps=6),
     "transcription": Case(
         objective="transcription", components=("audio_encoder", "aut_decoder"), kinds=("audio", "short_audio") * 2
     ),
