@@ -42,7 +42,7 @@ LAYOUT_EPILOG = """Layouts of a sample:
 
 A source of a mixture sets the same values: {shards: [laion/*.tar], weight: 1, layout: pairs, prompt: "What is shown?"}.
 Each set of values has its own index: SHARD.idx for messages, SHARD.LAYOUT-HASH.idx for the others. Training writes
-what is missing by itself.
+what is missing by itself; a job that a launcher started ends with the command instead.
 """
 
 INDEX_EPILOG = f"""examples:
@@ -153,7 +153,8 @@ def write_codes(options: argparse.Namespace, layout: configuration.LayoutConfig)
     from omni_train.data.codes import add_codes
     from omni_train.models.codec import load_codec
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    num_gpus = torch.cuda.device_count()
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % num_gpus}" if num_gpus else "cpu"
     encode, total = load_codec(Path(options.codec), options.codebooks, device), 0
     for shard, out in shards_of_rank(options):
         num_coded = add_codes(shard, out, encode, layout)

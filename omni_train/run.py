@@ -80,7 +80,8 @@ def check_inputs(config: RunConfig, is_launched: bool = False) -> None:
     from omni_train.data.bad_samples import SampleCount, is_share
     from omni_train.data.index import expand, load_index
     from omni_train.data.layouts import layout_id
-    from omni_train.data.shard import DataError
+    from omni_train.data.rows import is_rows
+    from omni_train.data.shard import DataError, is_url
 
     root = Path(config.data.root)
     if not root.exists():
@@ -102,7 +103,7 @@ def check_inputs(config: RunConfig, is_launched: bool = False) -> None:
         try:
             indexes = [load_index(shard, tokenizer, layout_id(source)) for shard in shards]
         except DataError:  # missing or stale: only then are the heavy imports worth their seconds
-            if is_launched:
+            if is_launched and not any(is_url(shard) or is_rows(shard) for shard in shards):  # `data index` makes them
                 raise
             from omni_train.corpus import index_shards
 

@@ -75,8 +75,8 @@ class Trainer:
         self.folder = Path(config.run_dir)
         self.data = DataPipeline.of(config)
         self.loader = self.data.loader(ranks.rank, ranks.world)
-        for source in config.validation.values():
-            self.data.indexed(source)
+        for name, source in config.validation.items():  # nothing to measure on shows here, not after all the training
+            self.data.validation_packs(name, source, config.eval_tokens)
         self.mixture = MixtureLog(self.folder, is_writer=ranks.is_main)
         self.bad_samples = self.data.bad_sample_log(self.folder / "bad_samples.jsonl")
         micro_batches = math.ceil(config.data.lanes / ranks.world) * config.data.packs_per_lane

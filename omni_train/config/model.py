@@ -84,7 +84,7 @@ class VisionModelConfig:
     """The vision encoder; names are those of Qwen3OmniMoeVisionEncoderConfig. Pixels: limits of the resize.
 
     ``video_fps`` frames a second are looked at, fewer in videos that would have more than ``video_max_frames``. The
-    frames of a video share ``video_total_pixels`` (None: no bound), but none gets less than ``video_min_pixels``.
+    temporal patches of a video share ``video_total_pixels`` (None: no bound), down to 1.05 times ``video_min_pixels``.
     """
 
     depth: int

@@ -32,9 +32,10 @@ class MediaGeometry:
     """Sizes that decide how media become tokens. Defaults are those of the published preprocessor.
 
     ``min_pixels`` and ``max_pixels`` bound a picture after the resize, the ``video_`` pair one frame of a video.
-    The frames of a video share ``video_total_pixels`` (None: no bound; ``total_pixels`` of qwen-omni-utils), but none
-    gets less than ``video_min_pixels``. ``video_fps`` is the wanted frame rate, lowered for videos of
-    more than ``video_max_frames``. The audio fields state what the code is built for; another value is refused.
+    The temporal patches of a video share ``video_total_pixels`` (None: no bound), but each may have 1.05 times
+    ``video_min_pixels``: ``total_pixels`` of qwen-omni-utils, ``max_video_tokens`` of transformers' processor.
+    ``video_fps`` is the wanted frame rate, lowered for videos of more than ``video_max_frames``. The audio fields state
+    what the code is built for; another value is refused.
     """
 
     patch_size: int = 16
@@ -58,6 +59,8 @@ class MediaGeometry:
                 raise ValueError(
                     f"MediaGeometry.{name} ({getattr(self, name)}) must be {value}: the audio encoder fixes it"
                 )
+        if self.video_total_pixels is not None and self.video_total_pixels <= 0:
+            raise ValueError(f"video_total_pixels ({self.video_total_pixels:,}) must be positive, or null for no bound")
         for prefix in ("", "video_"):
             low, high = getattr(self, f"{prefix}min_pixels"), getattr(self, f"{prefix}max_pixels")
             if not 0 < low <= high:
@@ -171,8 +174,7 @@ def video_grid(width: int, height: int, num_frames: int, fps: float, geometry: M
     num_grids = video_num_grids(num_frames, fps, geometry)
     least, most = geometry.video_min_pixels, geometry.video_max_pixels
     if geometry.video_total_pixels is not None:
-        share = geometry.video_total_pixels // (num_grids * geometry.temporal_patch_size)
-        most = max(least, geometry.factor**2, min(most, share))
+        most = max(min(most, geometry.video_total_pixels // num_grids), int(1.05 * least))
     new_height, new_width = _resize(height, width, geometry.factor, least, most)
     return num_grids, new_height // geometry.patch_size, new_width // geometry.patch_size
 

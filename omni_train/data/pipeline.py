@@ -207,6 +207,14 @@ class DataPipeline:
         reader, noise = PackReader(shards, sources), self.config.stage.code_noise
         return PackBuilder(reader, self.encoder, (least, most), self.config.data.seed, noise)
 
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest sample of the mixture that a pack, or a prompt, has room for."""
+        stage = self.config.stage
+        if stage.rollout is None:
+            return stage.context
+        return stage.rollout.max_prompt_tokens or stage.context - stage.rollout.max_new_tokens
+
     def loader(self, rank: int, world: int) -> StepLoader:
         """Training packs of this rank, step by step; prompts, one a plan, for a stage that samples answers.
 
@@ -219,8 +227,7 @@ class DataPipeline:
             for name, source in config.mixture.items()
         ]
         if rollout is not None:
-            longest = rollout.max_prompt_tokens or config.stage.context - rollout.max_new_tokens
-            sources = [_one_token_each(source, longest) for source in sources]
+            sources = [_one_token_each(source, self._longest) for source in sources]
         planner = Planner(
             sources,
             context=config.stage.context if rollout is None else 1,
@@ -243,14 +250,14 @@ class DataPipeline:
     def too_long(self, planner: Planner) -> Iterator[str]:
         """A line for each source, of the mixture and of validation, that has samples longer than the context, which are
         left out."""
-        context = self.config.stage.context
-        left_out = {f"mixture.{name}": source["left_out"] for name, source in planner.stats()["sources"].items()}
+        stats = planner.stats()["sources"]
+        left_out = {f"mixture.{name}": (source["left_out"], self._longest) for name, source in stats.items()}
         for name, settings in self.config.validation.items():
-            usable = is_usable(self._source(name, self.indexed(settings)), context)
-            left_out[f"validation.{name}"] = sum(int((~mask).sum()) for mask in usable)
-        for name, number in left_out.items():
+            usable = is_usable(self._source(name, self.indexed(settings)), self.config.stage.context)
+            left_out[f"validation.{name}"] = sum(int((~mask).sum()) for mask in usable), self.config.stage.context
+        for name, (number, longest) in left_out.items():
             if number:
-                yield f"{name}: {number:,} samples are longer than stage.context ({context:,} tokens) and left out"
+                yield f"{name}: {number:,} samples are longer than {longest:,} tokens and left out"
 
     def validation_packs(self, name: str, settings: ShardsConfig, max_tokens: int) -> list[PackPlan]:
         """Plans of one ordered pass over a validation source, cut after ``max_tokens``."""

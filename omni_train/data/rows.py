@@ -73,7 +73,10 @@ class RowScan:
                 sample.members = _members_at(self.path, offset, size)
             except ValueError as error:
                 sample.error = str(error)
+            while len(_row_groups) > 1:  # a scan does not come back
+                _row_groups.popitem(last=False)
             yield sample
+        _row_groups.clear()
         with open(self.path, "rb") as file:
             while block := file.read(1 << 20):
                 self.crc32 = zlib.crc32(block, self.crc32)
@@ -154,12 +157,13 @@ _row_groups: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
 def _row_group(path: str, modified: int, group: int) -> Any:
     """One row group as an Arrow table."""
     key = path, modified, group
-    if key not in _row_groups:
-        _row_groups[key] = _parquet(path, modified)[0].read_row_group(group)
-    _row_groups.move_to_end(key)
-    while len(_row_groups) > 1 and (
-        len(_row_groups) > MOST_ROW_GROUPS or sum(table.nbytes for table in _row_groups.values()) > MOST_BYTES
-    ):
+    if key in _row_groups:
+        _row_groups.move_to_end(key)
+        return _row_groups[key]
+    _row_groups[key] = _parquet(path, modified)[0].read_row_group(group)
+    while len(_row_groups) > MOST_ROW_GROUPS or sum(table.nbytes for table in _row_groups.values()) > MOST_BYTES:
+        if len(_row_groups) == 1:
+            break
         _row_groups.popitem(last=False)
     return _row_groups[key]
 
@@ -181,7 +185,7 @@ def row_members(row: dict[str, Any], folder: Path) -> dict[str, bytes]:
     if "messages" not in row:
         if not isinstance(row.get("text"), str):
             raise ValueError(f"the row has neither 'messages' nor 'text'; it has {', '.join(sorted(row)) or 'nothing'}")
-        if named := [name for pair in COLUMNS.items() for name in pair if row.get(name)]:
+        if named := [name for pair in COLUMNS.items() for name in pair if _is_filled(row.get(name))]:
             raise ValueError(
                 f"the row has 'text' beside '{named[0]}', which a text has no place for; write 'messages' whose user "
                 "says the medium (`<image>`) and whose assistant says the text"
@@ -198,6 +202,13 @@ def row_members(row: dict[str, Any], folder: Path) -> dict[str, bytes]:
     if tools:
         content["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     return {"json": json.dumps(_without_none(content)).encode(), **media.members}
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a field names a medium: `datasets` writes empty ones as lists and objects of None."""
+    if isinstance(value, dict):
+        return any(own is not None for own in value.values())
+    return any(map(_is_filled, value)) if isinstance(value, list) else bool(value)
 
 
 class _Media:

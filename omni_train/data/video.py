@@ -65,8 +65,11 @@ def _stored_facts(member: str, data: bytes, container: av.container.InputContain
         if not container.streams.audio:
             raise ValueError("the video has no sound, but its part says use_audio_in_video; set that to false")
         facts.sample_rate_hz = SAMPLE_RATE_HZ
-        seconds = _seconds(container.streams.audio[0], container)
-        facts.num_samples = max(MIN_SAMPLES, round(seconds * SAMPLE_RATE_HZ) + _sound_lead(container))
+        sound = container.streams.audio[0]
+        lead = _sound_lead(container)
+        if sound.duration is None:  # webm, mkv: the container's, which counts from the first of all to the end
+            lead = min(lead, 0)
+        facts.num_samples = max(MIN_SAMPLES, round(_seconds(sound, container) * SAMPLE_RATE_HZ) + lead)
     return facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -194,6 +195,9 @@ def write_processor(model: ModelConfig, folder: Path) -> None:
         "max_frames": vision.video_max_frames,
         "size": {"shortest_edge": vision.video_min_pixels, "longest_edge": vision.video_max_pixels},
     }
+    if vision.video_total_pixels is not None:  # stock takes nine tenths of the tokens
+        tokens = vision.video_total_pixels / (vision.patch_size * vision.spatial_merge_size) ** 2
+        video |= {"cap_pixels_per_frame": True, "max_video_tokens": math.ceil(tokens / 0.9)}
     (folder / "preprocessor_config.json").write_text(json.dumps(picture, indent=2))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2))
 

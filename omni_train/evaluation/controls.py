@@ -65,8 +65,8 @@ def join_streams(pictures: bytes, sound: bytes) -> bytes:
     """
     file = io.BytesIO()
     with (
-        av.open(io.BytesIO(pictures)) as seen,
-        av.open(io.BytesIO(sound)) as heard,
+        av.open(io.BytesIO(pictures), metadata_errors="replace") as seen,
+        av.open(io.BytesIO(sound), metadata_errors="replace") as heard,
         av.open(file, "w", format="mp4") as out,
     ):
         if not heard.streams.audio:

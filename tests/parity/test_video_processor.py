@@ -149,6 +149,23 @@ def test_patches_of_the_published_sizes(height, width, num_frames):
     np.testing.assert_allclose(ours, stock["pixel_values_videos"], rtol=0, atol=TOLERANCE)
 
 
+@needs_torchvision
+@pytest.mark.parametrize("max_video_tokens", [300, 600, 100_000])
+@pytest.mark.parametrize("height, width", [(1080, 1920), (240, 320), (431, 77)])
+def test_a_bound_on_a_whole_video_is_that_of_stock(height, width, max_video_tokens):
+    """Down to 1.05 times the least that a frame has, and without effect on what is below it."""
+    from transformers import Qwen2VLVideoProcessor
+
+    geometry = MediaGeometry(video_total_pixels=int(max_video_tokens * 32**2 * 0.9))
+    limits = {"shortest_edge": geometry.video_min_pixels, "longest_edge": geometry.video_max_pixels}
+    processor = Qwen2VLVideoProcessor(
+        patch_size=geometry.patch_size, size=limits, cap_pixels_per_frame=True, max_video_tokens=max_video_tokens
+    )
+    frames = np.zeros((4, height, width, 3), np.uint8)
+    stock = processor([frames], input_data_format="channels_last", return_tensors="np")
+    assert stock["video_grid_thw"].tolist() == [list(video_grid(width, height, 4, 2.0, geometry))]
+
+
 def looked_at(num_frames: int, fps: Fraction | int) -> list[int]:
     """Numbers of the frames that we look at, read from their greys."""
     encoder = encoder_of()

@@ -402,7 +402,7 @@ def test_validation_reads_layouts_too(tmp_path: Path, tokenizer: Path) -> None:
         assert list(data.too_long(loader.planner)) == []
         config.stage.context = 1
         assert list(data.too_long(loader.planner)) == [
-            "validation.held: 3 samples are longer than stage.context (1 tokens) and left out"
+            "validation.held: 3 samples are longer than 1 tokens and left out"
         ]
 
 

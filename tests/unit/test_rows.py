@@ -10,6 +10,7 @@ from PIL import Image
 from support import tokenizer_folder
 
 from omni_train.config import LayoutConfig
+from omni_train.data import rows
 from omni_train.data.chatml import Describe, render
 from omni_train.data.contracts import DocumentPlan
 from omni_train.data.index import build_index, check_shard, ensure_index
@@ -208,6 +209,27 @@ def test_a_wrong_row_is_named_and_the_others_stay(row, message, folder):
     index = build_index(path, Describe(tokenizer_folder()), "f")
     assert index.num_samples == 2 and [bad.key for bad in index.bad] == ["00000001"]
     assert message.split("'")[0].strip() in index.bad[0].error
+
+
+def test_a_text_beside_columns_of_media_that_are_empty_is_a_text(folder):
+    row = {"text": "a cat", "image": {"bytes": None, "path": None}, "audios": [None], "videos": [], "video": ""}
+    assert row_members(row, folder) == {"json": b'{"text": "a cat"}'}
+
+
+@pytest.mark.parametrize(("most", "most_bytes", "expected"), [(3, 1 << 20, 3), (2, 1 << 20, 9), (3, 1, 9)])
+def test_row_groups_are_kept_up_to_a_number_and_a_size(most, most_bytes, expected, folder, monkeypatch):
+    path = write(folder, "parquet", rows_of(6))  # three row groups
+    monkeypatch.setattr(rows, "MOST_ROW_GROUPS", most)
+    monkeypatch.setattr(rows, "MOST_BYTES", most_bytes)
+    read: list[int] = []
+    real = parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, n: (read.append(n), real(self, n))[1])
+    assert len(list(scan_samples(path))) == 6 and not rows._row_groups, "a scan leaves nothing behind"
+    read.clear()
+    for number in (0, 1, 2, 4, 0, 2, 4, 1, 3, 5):
+        read_members(path, number, 1, f"{number:08d}")
+    assert len(read) == expected and len(rows._row_groups) == (1 if most_bytes == 1 else most)
+    rows._row_groups.clear()
 
 
 def test_a_line_that_is_no_json_is_a_bad_sample(folder):
