@@ -63,7 +63,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["thinker_distill_on", "thinker_distill_off"])
+@pytest.mark.parametrize("stage", ["thinker_distill_on", pytest.param("thinker_distill_off", marks=pytest.mark.slow)])
 def test_distillation_from_a_wider_teacher(stage: str, teacher: Path, tmp_path: Path) -> None:
     values = (f"+init.teacher={teacher}", "data.packs_per_lane=4", "stage.rollout.max_new_tokens=6")
     done = omni_train(*command(stage, tmp_path / stage, *values, "stage.total_tokens=900"))

@@ -70,7 +70,7 @@ def test_the_cases_train():
         pytest.param(EP_2, id="EP 2"),
         pytest.param({**EP_2, "zero_stage": 2}, id="ZeRO 2, EP 2", marks=slow),
         pytest.param({**EP_2, "zero_stage": 3}, id="ZeRO 3, EP 2"),
-        pytest.param({**EP_2, "bucket_numbers": 2_000}, id="EP 2, many buckets"),
+        pytest.param({**EP_2, "bucket_numbers": 2_000}, id="EP 2, many buckets", marks=slow),
         pytest.param({**EP_2, "bucket_numbers": 2_000, "overlaps": True}, id="EP 2, reduced as on a GPU", marks=slow),
         pytest.param(
             {**EP_2, "zero_stage": 3, "shards_all": True},
@@ -118,7 +118,8 @@ def test_recompute_runs_every_layer_again(recompute, expected):
     assert calls == dict.fromkeys(("llm", "audio", "vision"), expected)
 
 
-@pytest.mark.parametrize("split", [EP_2, pytest.param({"documents_per_pack": 4}, marks=slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [EP_2, {"documents_per_pack": 4}], ids=str)
 def test_with_the_default_router_coefficient(split):
     check(replace(DEFAULT_ROUTER, **split), DEFAULT_ROUTER)
 
