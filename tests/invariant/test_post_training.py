@@ -50,7 +50,9 @@ def changed(case: Case, **how) -> Case:
     return Case(**{**{name: getattr(case, name) for name in case.__dataclass_fields__}, **how})
 
 
-@pytest.mark.parametrize("case", [GSPO, DISTILLATION], ids=["gspo", "distillation"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(GSPO, id="gspo"), pytest.param(DISTILLATION, id="distillation", marks=pytest.mark.slow)]
+)
 def test_two_ranks_with_shared_experts_take_the_same_steps(case):
     check(changed(case, **EP_2), case)
 
