@@ -62,8 +62,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir / "export"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["thinker_distill_on", pytest.param("thinker_distill_off", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["thinker_distill_on", "thinker_distill_off"])
 def test_distillation_from_a_wider_teacher(stage: str, teacher: Path, tmp_path: Path) -> None:
     values = (f"+init.teacher={teacher}", "data.packs_per_lane=4", "stage.rollout.max_new_tokens=6")
     done = omni_train(*command(stage, tmp_path / stage, *values, "stage.total_tokens=900"))
@@ -78,6 +79,8 @@ def test_distillation_from_a_wider_teacher(stage: str, teacher: Path, tmp_path: 
     assert AutoConfig.from_pretrained(tmp_path / stage / "export").text_config.hidden_size == 32, "the student's"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_missing_teacher_and_one_of_another_kind_are_named(teacher: Path, tmp_path: Path) -> None:
     done = omni_train(*command("thinker_distill_on", tmp_path / "run", "data.packs_per_lane=4"))
     assert done.returncode == 2 and "thinker_distill_on needs a teacher: +init.teacher=FOLDER" in done.stderr
