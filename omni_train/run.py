@@ -103,8 +103,8 @@ def check_inputs(config: RunConfig, is_launched: bool = False) -> None:
         try:
             indexes = [load_index(shard, tokenizer, layout_id(source)) for shard in shards]
         except DataError:  # missing or stale: only then are the heavy imports worth their seconds
-            if is_launched and not any(is_url(shard) or is_rows(shard) for shard in shards):  # `data index` makes them
-                raise
+            if is_launched and not any(is_url(shard) or is_rows(shard) for shard in shards):
+                raise  # the error names `data index`, which makes those of local tars
             from omni_train.corpus import index_shards
 
             # A share is one of the samples of all sources, so a single source cannot tell.

@@ -36,11 +36,13 @@ def video(
     picture: Callable[[int, tuple[int, int]], np.ndarray] = grey,
     ticks: Fraction = TICKS,
     sound_from: float = 0.0,
+    kind: str = "mp4",
 ) -> bytes:
-    """An mp4 of ``size`` (width, height) with ``tones`` samples of sound from ``sound_from`` seconds on; frame n is
-    shown from ``times[n]`` on, the last one until ``seconds``. Times are stored in units of 1 / ``ticks`` seconds."""
+    """A film of ``size`` (width, height) with ``tones`` samples of sound from ``sound_from`` seconds on; frame n is
+    shown from ``times[n]`` on, the last one until ``seconds``. Times are stored in units of 1 / ``ticks`` seconds.
+    ``kind`` is a muxer of ffmpeg's."""
     out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
+    with av.open(out, "w", format=kind) as container:
         stream = container.add_stream("mpeg4", rate=ticks)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = stream.time_base = 1 / ticks

@@ -248,7 +248,7 @@ def _work(plan: PackPlan) -> bytes:
     try:
         return pickle.dumps(_worker_load_pack(plan), protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
-        try:
+        try:  # the constructor of an error that takes more than its message raises anything there
             pickle.loads(pickle.dumps(error))
         except Exception:
             raise RuntimeError(f"{type(error).__name__}: {error}") from None

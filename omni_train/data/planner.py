@@ -237,8 +237,8 @@ def plan_once(source: Source, context: int) -> list[list[DocumentPlan]]:
                 documents.append(DocumentPlan(source.name, shard, index, start, min(start + context, tokens)))
     if not documents:
         raise ValueError(
-            f"held-out source {source.name!r}: no sample fits stage.context ({context:,} tokens); raise it, or remove "
-            "the source"
+            f"held-out source {source.name!r} has no sample that fits stage.context ({context:,} tokens); raise it, or "
+            "remove the source"
         )
     bins = first_fit([document.num_tokens for document in documents], context)
     return [[documents[position] for position in positions] for positions in bins]

@@ -161,10 +161,9 @@ def _row_group(path: str, modified: int, group: int) -> Any:
         _row_groups.move_to_end(key)
         return _row_groups[key]
     _row_groups[key] = _parquet(path, modified)[0].read_row_group(group)
-    while len(_row_groups) > MOST_ROW_GROUPS or sum(table.nbytes for table in _row_groups.values()) > MOST_BYTES:
-        if len(_row_groups) == 1:
-            break
-        _row_groups.popitem(last=False)
+    num_bytes = sum(table.nbytes for table in _row_groups.values())
+    while len(_row_groups) > 1 and (len(_row_groups) > MOST_ROW_GROUPS or num_bytes > MOST_BYTES):
+        num_bytes -= _row_groups.popitem(last=False)[1].nbytes
     return _row_groups[key]
 
 

@@ -6,6 +6,7 @@ contradicts itself, or does otherwise than we on purpose, a test of its own stat
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from fractions import Fraction
 
@@ -147,6 +148,17 @@ def test_patches_of_the_published_sizes(height, width, num_frames):
     even = frames[np.minimum(np.arange(2 * num_grids), num_frames - 1)]
     ours = patchify_frames(even, grid, geometry)
     np.testing.assert_allclose(ours, stock["pixel_values_videos"], rtol=0, atol=TOLERANCE)
+
+
+def test_the_export_says_the_bound_on_a_whole_video(tmp_path):
+    """In tokens, of which stock takes nine tenths, and not at all where there is none."""
+    write_processor(MICRO, tmp_path)
+    path = tmp_path / "video_preprocessor_config.json"
+    assert not {"cap_pixels_per_frame", "max_video_tokens"} & set(json.loads(path.read_text()))
+    factor = MICRO.vision.patch_size * MICRO.vision.spatial_merge_size
+    write_processor(replace(MICRO, vision=replace(MICRO.vision, video_total_pixels=900 * factor**2)), tmp_path)
+    found = json.loads(path.read_text())
+    assert found["cap_pixels_per_frame"] is True and found["max_video_tokens"] == 1_000
 
 
 @needs_torchvision

@@ -17,11 +17,12 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 import webdataset
 from clips import on_its_side, video
 from PIL import Image
 
-from omni_train.config import ConfigError, RunConfig, SourceConfig, load
+from omni_train.config import ConfigError, RunConfig, ShardsConfig, SourceConfig, load
 from omni_train.data.bad_samples import BadSampleLog, SampleCount, num_allowed
 from omni_train.data.chatml import Describe
 from omni_train.data.contracts import BadSample, DocumentPlan, Pack, PackPlan
@@ -34,7 +35,9 @@ from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline, PackBuilder
 from omni_train.data.shard import DataError
 from omni_train.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from omni_train.engine.parallel import Ranks
 from omni_train.run import check_inputs
+from omni_train.train import Trainer
 
 GEOMETRY = MediaGeometry(
     patch_size=8, min_pixels=256, max_pixels=16_384, video_min_pixels=1_024, video_max_pixels=4_096, video_fps=4.0
@@ -469,6 +472,15 @@ def test_under_a_launcher_a_missing_index_is_an_error_instead_of_a_wait(tmp_path
     check_inputs(config)
     with pytest.raises(DataError, match="was made with tokenizer 'another'"):
         check_inputs(config, is_launched=True)
+
+
+def test_a_held_out_source_of_which_nothing_fits_is_told_before_the_training(tmp_path, config):
+    write(tmp_path, [GOOD])
+    (tmp_path / "held").mkdir()
+    write(tmp_path / "held", [captioned("a cat " * 100)])
+    config.validation = {"films": ShardsConfig(shards=["held/*.tar"])}
+    with pytest.raises(ValueError, match="held-out source 'films' has no sample that fits stage.context .128 tokens"):
+        Trainer(config, Ranks(0, 1, 0, torch.device("cpu")))
 
 
 def test_indexing_stops_at_the_budget_and_goes_on_within_it(tmp_path, config):

@@ -128,7 +128,7 @@ def test_plan_once_is_one_ordered_pass():
     assert plan_once(source("a", [[60, 101], [40]]), 100) == [
         [DocumentPlan("a", 0, 0, 0, 60), DocumentPlan("a", 1, 0, 0, 40)]
     ]
-    with pytest.raises(ValueError, match=r"held-out source 'a': no sample fits stage.context \(50 tokens\)"):
+    with pytest.raises(ValueError, match=r"held-out source 'a' has no sample that fits stage.context \(50 tokens\)"):
         plan_once(source("a", [[60, 101]]), 50)
 
 
