@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -169,14 +170,17 @@ def is_for_user(error: BaseException) -> bool:
 def command_train(options: argparse.Namespace, arguments: list[str]) -> int:
     """One stage: in this process when a launcher set its rank, else on the configured number of local ranks."""
     from omni_train.launching.local import FAILURES, is_launched
-    from omni_train.run import check_init, check_inputs, check_unchanged, start_stage
+    from omni_train.run import check_init, check_inputs, check_origins, check_unchanged, start_stage
 
     config = configuration.load(options.stage, options.overrides)
     if not is_launched():
         return start_stage(config, arguments[1:])
     if FAILURES not in os.environ:  # under torchrun nobody has checked yet
         if os.environ["RANK"] == "0":
+            world = int(os.environ["WORLD_SIZE"])
+            replace(config, engine=replace(config.engine, num_processes=world))  # checks lanes and experts against it
             check_unchanged(config)
+            check_origins(config)
             check_init(config)
             check_inputs(config, is_launched=True)
         if (Path(config.run_dir) / "DONE").exists():  # a requeued job that had finished
@@ -188,8 +192,14 @@ def command_train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def command_run(options: argparse.Namespace, arguments: list[str]) -> int:
+    from omni_train.launching.local import is_launched
     from omni_train.run import run
 
+    if is_launched():
+        raise ConfigError(
+            "a recipe starts the ranks of its stages itself, on this machine; under torchrun run its stages one by "
+            "one, `omni-train train STAGE …` (see launch/README.md)"
+        )
     return run(Path(options.recipe), options.overrides)
 
 

@@ -1,7 +1,7 @@
 """Run a recipe, or one stage of it.
 
     run ──load_recipe──▶ configurations and shards checked ──▶ (make_data, start_stage, evaluate) ×n ──▶ table, report
-    start_stage ──check_inputs, check_unchanged──▶ ranks
+    start_stage ──check_unchanged, check_origins, check_inputs──▶ ranks
 
 A finished stage (its DONE file) is skipped, a half-done one resumes from its newest committed checkpoint; neither with
 another configuration than it was started with.
@@ -13,7 +13,7 @@ import fcntl
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from typing import Any
 import yaml
 
 from omni_train import config as configuration
-from omni_train.config import ConfigError, Objective, RunConfig, init_of, load_corpus, to_dict
+from omni_train.config import (
+    ConfigError,
+    Objective,
+    RunConfig,
+    done_at,
+    init_of,
+    load_corpus,
+    origins_of,
+    to_dict,
+)
 from omni_train.measure import check_through
 from omni_train.recipe import Recipe, RecipeStage, load_recipe, stage_overrides
 
@@ -53,11 +62,16 @@ def changed_keys(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return changes
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a run folder holds a finished or half-done stage."""
+    return (folder / "DONE").exists() or any(folder.glob("checkpoints/step_*/COMMIT"))
+
+
 def check_unchanged(config: RunConfig) -> None:
     """Raise ConfigError when the run folder holds a finished or half-done stage of another configuration."""
     folder = Path(config.run_dir)
     is_done = (folder / "DONE").exists()
-    if not (folder / "config.yaml").is_file() or not (is_done or any(folder.glob("checkpoints/step_*/COMMIT"))):
+    if not (folder / "config.yaml").is_file() or not is_begun(folder):
         return
     changes = changed_keys(yaml.safe_load((folder / "config.yaml").read_text()), to_dict(config))
     if config.data.resume_policy != "strict" and not is_done:
@@ -69,6 +83,22 @@ def check_unchanged(config: RunConfig) -> None:
             f"'{folder}' holds a {state} stage of another configuration: {listed}; "
             "set it back, or start anew with another run_dir"
         )
+
+
+def check_origins(config: RunConfig, made: Collection[str] = ()) -> None:
+    """Raise ConfigError when what a finished or half-done stage started from has been trained anew since, or will be:
+    ``made`` are exports that are missing and will be there."""
+    recorded = Path(config.run_dir) / "origins.json"
+    if not recorded.exists() or not is_begun(recorded.parent):
+        return
+    now = origins_of(config.init)
+    for folder, before in json.loads(recorded.read_text()).items():
+        after = now.get(folder)
+        if before is not None and (folder in made if after is None else after != before):
+            raise ConfigError(
+                f"'{config.run_dir}' was trained from '{folder}' as it was before that was trained anew; move "
+                f"'{config.run_dir}' away to train it again too, or put '{folder}' back"
+            )
 
 
 def check_inputs(config: RunConfig, is_launched: bool = False) -> None:
@@ -136,6 +166,7 @@ def start_stage(config: RunConfig, arguments: list[str]) -> int:
     from omni_train.launching.local import run_ranks
 
     check_unchanged(config)
+    check_origins(config)
     if (Path(config.run_dir) / "DONE").exists():
         print(f"{config.stage.name}: finished before in {config.run_dir}, skipped", flush=True)
         return 0
@@ -173,8 +204,10 @@ def run(path: Path, overrides: list[str]) -> int:
         from omni_train.corpus import prepare_corpus
 
         prepare_corpus(recipe.corpus, Path(root).parent)
+    made = [str(Path(config.run_dir) / "export") for config in configs if done_at(Path(config.run_dir)) is None]
     for stage, config in zip(recipe.stages, configs, strict=True):
         check_unchanged(config)  # everything that can be known is checked before the first stage starts
+        check_origins(config, made)
         for measurement in stage.evaluate:
             if not measurement.of:
                 check_through(config, measurement.through)
@@ -228,11 +261,6 @@ def make_data(
     return 0
 
 
-def done_at(stage_dir: Path) -> int:
-    """When a stage was finished, in nanoseconds: what was made of its export is out of date when that changes."""
-    return (stage_dir / "DONE").stat().st_mtime_ns
-
-
 def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: Path, extra: list[str]) -> int:
     """Measure on local ranks what the recipe asks of a finished stage, unless that was done; the exit status."""
     from omni_train.launching.local import run_ranks
@@ -240,7 +268,8 @@ def evaluate_stage(path: Path, stage: RecipeStage, config: RunConfig, run_dir: P
     if not stage.evaluate:
         return 0
     asked = [configuration.to_dict(measurement) for measurement in stage.evaluate]
-    wanted = json.dumps({"evaluate": asked, "done": done_at(run_dir / stage.stage)})
+    named = [name for own in stage.evaluate for name in (own.of, own.through, own.thinker) if name]
+    wanted = json.dumps({"evaluate": asked, "done": {name: done_at(run_dir / name) for name in [stage.stage, *named]}})
     measured = run_dir / stage.stage / "measured.json"
     if measured.exists() and measured.read_text() == wanted:
         return 0

@@ -10,18 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from omni_train.config import RunConfig, Schedule, StageConfig, to_dict
+from omni_train.config import RunConfig, Schedule, StageConfig, origins_of, to_dict
 from omni_train.data.contracts import BadSample, Pack
 from omni_train.data.mixture import OutOfData
 from omni_train.data.pipeline import DataPipeline
@@ -31,6 +29,7 @@ from omni_train.engine.deepspeed import backward, non_finite_gradients, set_lear
 from omni_train.engine.export import export
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.heldout import heldout_losses
+from omni_train.launching.local import StopSignal
 from omni_train.models.moe import expert_health
 from omni_train.objectives.terms import Losses
 from omni_train.reporting.environment import describe_environment
@@ -85,6 +84,7 @@ class Trainer:
         self.stage = build_stage(config, self.data.tokenizer, ranks, micro_batches)
         self.batches = self.stage.batches(self.loader)
         self.position = Position()
+        self.saved_step = 0
         self.is_stopping = False
         self.fractions: Tensor | None = None  # [layers, experts], of the step before
         if self.stage.router_shape is not None:
@@ -209,6 +209,7 @@ class Trainer:
         }
         folder = self.folder / "checkpoints"
         parts = {name: part.state_dict() for name, part in self.stage.stateful.items()}
+        self.saved_step = self.position.step
         checkpoint.save(
             folder, self.position.step, self.stage.engines, state, parts, self.ranks, self.config.keep_checkpoints
         )
@@ -222,6 +223,7 @@ class Trainer:
         for name, part in self.stage.stateful.items():
             part.load_state_dict(parts[name])
         self.position = Position(**state["position"])
+        self.saved_step = self.position.step
         changes = self.loader.load_state_dict(state["planner"], self.config.data.resume_policy)
         dry = exhausted(self.loader.state_dict())
         self.mixture.resume(mixture_weights(self.config), self.position.step, changes, dry)
@@ -277,42 +279,42 @@ class StepSums:
         )
 
 
-class StopSignal:
-    """Remembers TERM or USR1, so that the run saves at the end of a step and leaves."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, *_: object) -> None:
-        self.seen = True
-
-
 def train(config: RunConfig) -> None:
     """Run one stage to its token budget, from its newest checkpoint if there is one, and export it.
 
-    Raises SystemExit(85) after saving when a stop signal came.
+    Raises SystemExit(85) when a stop signal came: after saving, or at its end.
     """
     ranks = parallel.start(config.engine)
     trainer = Trainer(config, ranks)
-    folder = trainer.folder
-    is_resumed = trainer.resume()
-    trainer.bad_samples.start(trainer.position.step, ranks.is_main)
-    if ranks.is_main:
-        describe_run(config, trainer, is_resumed)
-    position = trainer.position
-    writer = MetricsWriter(
-        folder,
-        wandb_project=config.wandb_project,
-        wandb_mode=config.wandb_mode,
-        config=to_dict(config),
-        is_writer=ranks.is_main,
-    )
-    writer.truncate_after(position.step)
-    stage, total = config.stage, int(config.stage.total_tokens)
-    progress = Progress(stage.name, total, done_tokens=int(position.tokens), enabled=ranks.is_main)
     stop = StopSignal()
+    with trainer.loader:  # NOTE: a process waits for its workers at its end, which wait for work unless told
+        writer = begin(trainer)
+        take_steps(trainer, writer, stop)
+        finish(trainer, writer)
+        is_stopping = parallel.any_rank(stop.seen, ranks.device)
+    parallel.stop()
+    if is_stopping:  # what would come after the stage waits too
+        raise SystemExit(85)
+
+
+def begin(trainer: Trainer) -> MetricsWriter:
+    """Resume where there is a checkpoint, and bring the files of the run folder to its step."""
+    config, is_main = trainer.config, trainer.ranks.is_main
+    is_resumed = trainer.resume()
+    trainer.bad_samples.start(trainer.position.step, is_main)
+    if is_main:
+        describe_run(config, trainer, is_resumed)
+    wandb = {"wandb_project": config.wandb_project, "wandb_mode": config.wandb_mode}
+    writer = MetricsWriter(trainer.folder, **wandb, config=to_dict(config), is_writer=is_main)
+    writer.truncate_after(trainer.position.step)
+    return writer
+
+
+def take_steps(trainer: Trainer, writer: MetricsWriter, stop: StopSignal) -> None:
+    """Steps to the budget, or to the end of the data. Raises SystemExit(85) after saving when a stop signal came."""
+    config, position = trainer.config, trainer.position
+    stage, total = config.stage, int(config.stage.total_tokens)
+    progress = Progress(stage.name, total, done_tokens=int(position.tokens), enabled=trainer.ranks.is_main)
     while position.tokens < total:
         started = time.perf_counter()
         try:
@@ -338,9 +340,8 @@ def train(config: RunConfig) -> None:
         if position.step % config.save_every_steps == 0:
             trainer.save()
     progress.close()
-    if position.step % config.save_every_steps:  # a kill during the last evaluation costs no step
+    if position.step != trainer.saved_step:  # a kill during the last evaluation costs no step
         trainer.save()
-    finish(trainer, writer)
 
 
 def finish(trainer: Trainer, writer: MetricsWriter) -> None:
@@ -365,11 +366,9 @@ def finish(trainer: Trainer, writer: MetricsWriter) -> None:
                 "exact": exact,
             },
         )
-        (trainer.folder / "DONE").write_text(json.dumps({"step": position.step, "tokens": position.tokens}) + "\n")
+        done = {"step": position.step, "tokens": position.tokens, "time_ns": time.time_ns()}
+        (trainer.folder / "DONE").write_text(json.dumps(done) + "\n")
     writer.close()
-    trainer.loader.close()
-    dist.barrier()
-    parallel.stop()
 
 
 def starting_with(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -389,6 +388,7 @@ def describe_run(config: RunConfig, trainer: Trainer, is_resumed: bool) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     if not is_resumed:
         trainer.mixture.start(mixture_weights(config), trainer.position.step)
+        (folder / "origins.json").write_text(json.dumps(origins_of(config.init), indent=2) + "\n")
     (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
     for warning in trainer.data.too_long(trainer.loader.planner):
         print(f"  {warning}", flush=True)

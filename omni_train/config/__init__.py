@@ -9,6 +9,7 @@ is a ``ConfigError`` naming the key, the rule and the nearest valid choice.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
@@ -132,6 +133,9 @@ class DataConfig:
             )
 
 
+WANDB_MODES = ("online", "offline", "disabled")
+
+
 @dataclass(kw_only=True, slots=True)
 class CorpusConfig:
     """A corpus of data/ as conf/corpus/NAME.yaml has it.
@@ -188,6 +192,10 @@ class RunConfig:
     wandb_mode: str = "offline"  # online | offline | disabled
 
     def __post_init__(self) -> None:
+        if self.wandb_mode not in WANDB_MODES:
+            raise ConfigError(f"wandb_mode '{self.wandb_mode}' is unknown; {nearest(self.wandb_mode, WANDB_MODES)}")
+        if self.save_every_steps < 1 or self.keep_checkpoints < 1:
+            raise ConfigError("save_every_steps and keep_checkpoints must be at least 1")
         ep = self.engine.expert_parallel
         sharded = {"model.text": self.model.text.num_experts}
         if "talker" in self.stage.components and self.model.talker is not None:
@@ -236,6 +244,20 @@ def init_of(init: dict[str, str], component: str) -> str | None:
     """The folder that a component starts from: its own, else that of the Thinker's parts, else that of all."""
     names = [component, *(["thinker"] if component in THINKER_COMPONENTS else []), "all"]
     return next((init[name] for name in names if name in init), None)
+
+
+def done_at(stage_dir: Path) -> int | None:
+    """When a stage was finished, in nanoseconds, None where it was not: what was made of its export is out of date when
+    that changes."""
+    done = stage_dir / "DONE"
+    if not done.exists():
+        return None
+    return json.loads(done.read_text() or "{}").get("time_ns", done.stat().st_mtime_ns)
+
+
+def origins_of(init: dict[str, str]) -> dict[str, int | None]:
+    """{export that a stage starts from: when its stage was finished}, None for folders that no stage made."""
+    return {folder: done_at(Path(folder).parent) for folder in sorted(set(init.values()))}
 
 
 def available(group: str = "") -> list[str]:

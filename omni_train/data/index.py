@@ -149,7 +149,8 @@ def ensure_index(
     build = partial(_build_and_save, describe=describe, fingerprint=fingerprint, layout=layout)
     stale = [shards[number] for number in missing]
     if jobs > 1 and len(missing) > 1:
-        context = multiprocessing.get_context("forkserver")
+        # NOTE: no fork server: ranks are forked from this process, and one that finds its starter's cannot use it.
+        context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context) as pool:
             _collect(indexes, missing, pool.map(build, stale), max_bad_samples)
     else:

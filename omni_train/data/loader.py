@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -217,25 +218,47 @@ _worker_load_pack: LoadPack | None = None
 """Set once in each worker process by _init_worker, never in the main process."""
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What torchrun, `timeout` and Slurm send to all processes of a job at once. The rank then saves, for which it needs
+the step that its workers are loading: they end when it does."""
+
+
 def _start_workers(num_workers: int, load_pack: LoadPack) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    resource_tracker.ensure_running()  # NOTE: starting the fork server would, and that unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()  # it inherits what is blocked, and all its workers do
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_init_worker, initargs=(load_pack,))
 
 
 def _init_worker(load_pack: LoadPack) -> None:
-    """One torch thread; Ctrl-C is the main process's; a worker does not outlive it, however it ends."""
+    """One torch thread; Ctrl-C and STOP_SIGNALS are for the main process; a worker does not outlive it, however it
+    ends."""
     global _worker_load_pack
     _worker_load_pack = load_pack
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_for_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    os._exit(1)
+
+
+def _exit_for_parent() -> None:
+    """A pool with a dead worker terminates the others, and waits for them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+        pass
     os._exit(1)
 
 

@@ -2,8 +2,8 @@
 
     tmp_step_N/<engine>/...  trainer.json  rank_R.pt  → fsync → COMMIT → fsync → rename to step_N → fsync of the parent
 
-Nothing but a ``step_*`` folder holding ``COMMIT`` is ever loaded; what a kill left half-written is removed at the next
-start and at the next save.
+Nothing but a ``step_*`` folder holding ``COMMIT`` is ever loaded; what a kill left half-written or half-deleted is
+removed at the next start and at the next save.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def save(
     ranks: Ranks,
     keep: int,
 ) -> Path:
-    """Write and commit checkpoint ``step``; keep the newest ``keep``.
+    """Write and commit checkpoint ``step``, which must not be there yet; keep the newest ``keep``.
 
     It holds the trained engines, the trainer's ``state`` (JSON, alike on all ranks), and ``parts`` (by name, tensors
     and plain values, this rank's own).
@@ -54,12 +54,14 @@ def save(
     if parts:
         torch.save(parts, temporary / f"rank_{ranks.rank}.pt")
     dist.barrier()
+    if ranks.local_rank == 0:  # a node flushes what its own ranks wrote
+        fsync_tree(temporary)
+    dist.barrier()
     if ranks.is_main:
         (temporary / "trainer.json").write_text(json.dumps(state))
         fsync_tree(temporary)
         (temporary / "COMMIT").write_text(f"{step}\n")
         fsync_tree(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # only a folder that was being replaced when the run was killed
         temporary.rename(final)
         fsync_folder(folder)
         prune(folder, keep)
@@ -75,8 +77,8 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary folders that an interrupted save left. Called by one rank, while nothing is being saved."""
-    for path in folder.glob("tmp_step_*"):
+    """Delete what an interrupted save or deletion left. Called by one rank, while nothing is being saved."""
+    for path in {*folder.glob("tmp_step_*"), *folder.glob("step_*")} - {*committed(folder)}:
         shutil.rmtree(path)
 
 

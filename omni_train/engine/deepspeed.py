@@ -48,6 +48,7 @@ def deepspeed_config(
         # outputs that the towers do not have (see ``backward``): with each pack the ones before were added again.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"  # else these sums are rounded to bf16 before ranks add theirs
     if moe is not None:
         config["expert_parallel"] = {
             "enabled": True,
@@ -104,13 +105,19 @@ def build_engine(
     )
     if components is None:
         module.requires_grad_(False)
-        if engine.precision is Precision.bf16:  # DeepSpeed's own bf16 wants an optimizer, also one of experts
-            for parameter in module.parameters():  # buffers stay: rotary frequencies are fp32
-                parameter.data = parameter.data.bfloat16()
+        in_precision(module, engine.precision)  # DeepSpeed's own bf16 wants an optimizer, also one of experts
         return deepspeed.initialize(model=module, config=config)[0].module
     groups = parameter_groups(module, components)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory after each group
         return deepspeed.initialize(model=module, model_parameters=groups, config=config)[0]
+
+
+def in_precision(module: nn.Module, precision: Precision) -> nn.Module:
+    """A frozen module with its parameters in a precision; buffers stay: rotary frequencies are fp32."""
+    if precision is Precision.bf16:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return module
 
 
 def set_learning_rates(engine, components: dict[str, ComponentConfig], scale: float) -> None:

@@ -31,7 +31,7 @@ from omni_train.config import (
 from omni_train.engine.checkpoint import fsync_folder, fsync_tree
 from omni_train.models.build import build_omni, build_thinker, thinker_config
 from omni_train.models.components import component_of
-from omni_train.models.weights import canonical, codebooks, load_components, wave_head_of, yarn_factor_of
+from omni_train.models.weights import canonical, codebooks, dtype_of, load_components, wave_head_of, yarn_factor_of
 
 
 def gathered(parameter: nn.Parameter):
@@ -156,7 +156,9 @@ def write_thinker(
     if missing:  # a stage of the LLM alone: the towers are those that any stage of this seed starts from
         initial = build_thinker(stock_config(), seed=config.seed).state_dict()
         state |= {name: initial[name] for name in missing}
-    whole.save_pretrained(folder, state_dict=state)
+    dtype = next(iter(state.values())).dtype
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    whole.to(dtype).save_pretrained(folder, state_dict=state)  # config.json names the model's: readers follow it
 
 
 def write_parts(state: dict[str, Tensor], config: RunConfig, folder: Path) -> None:
@@ -227,6 +229,7 @@ def write_omni(
     _check_stock_voice(Path(sources["code2wav"]))
     for name, source in sources.items():
         load_components(omni, Path(source), {name})
+    omni.to(dtype_of(Path(thinker)))
     with committed(folder) as temporary:
         omni.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

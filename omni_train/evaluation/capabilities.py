@@ -27,7 +27,7 @@ from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import parallel
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.controls import changed, without_motion
+from omni_train.evaluation.controls import changeable, changed, without_motion
 from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.thinker import Thinker, compose
 from omni_train.models.weights import load_components, yarn_factor_of
@@ -41,7 +41,7 @@ CONTROL_ITEMS = 300
 class Answers:
     """(answer, reference) of every item of a task, and of its control.
 
-    ``langs`` are those of the items in order ("" where a sample names none); the control has the first of them.
+    ``langs`` and ``swapped_langs`` are those of the items in order, "" where a sample names none.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Answers:
     swapped: list[tuple[str, str]]
     suffix: str = ""
     langs: list[str] = field(default_factory=list)
+    swapped_langs: list[str] = field(default_factory=list)
 
     def named(self, figure: str) -> str:
         """The name of a figure in results.json: TASK_FIGURE."""
@@ -56,12 +57,11 @@ class Answers:
 
     def by_lang(self) -> dict[str, Answers]:
         """The same answers apart by language."""
-        rows = list(enumerate(self.langs))
         return {
             lang: Answers(
                 self.name,
-                [self.pairs[n] for n, own in rows if own == lang],
-                [self.swapped[n] for n, own in rows if own == lang and n < len(self.swapped)],
+                [pair for pair, own in zip(self.pairs, self.langs, strict=True) if own == lang],
+                [pair for pair, own in zip(self.swapped, self.swapped_langs, strict=True) if own == lang],
                 self.suffix,
             )
             for lang in sorted(set(self.langs))
@@ -196,8 +196,8 @@ def answer_tasks(
     thinker, data = load_frozen(config, folder, ranks, use_yarn)
     for task, samples in split_tasks(data, tasks, split).items():
         pairs = gather(answer_all(thinker, data.message_encoder, samples, ranks, max_new_tokens))
+        first = changeable(samples[:CONTROL_ITEMS], control) if control else []
         swapped = []
-        if control:
-            first = samples[:CONTROL_ITEMS]
+        if first:
             swapped = gather(answer_all(thinker, data.message_encoder, first, ranks, max_new_tokens, control))
-        yield Answers(task, pairs, swapped, langs=langs_of(samples))
+        yield Answers(task, pairs, swapped, langs=langs_of(samples), swapped_langs=langs_of(first))

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import io
 import zlib
+from collections import Counter
 
 import av
 import numpy as np
@@ -17,23 +18,39 @@ from omni_train.config import Control
 from omni_train.data.contracts import Document, Sample
 from omni_train.data.media_tokens import MediaGeometry
 
+SWAPS = (Control.media_swapped, Control.sound_swapped)
+
+
+def changeable(samples: list[Sample], control: Control) -> list[Sample]:
+    """Those of the samples that a control can change: to swap media takes another one of equal kinds."""
+    if control not in SWAPS:
+        return samples
+    numbers = Counter(kinds_of(sample) for sample in samples)
+    return [sample for sample in samples if numbers[kinds_of(sample)] > 1]
+
+
+def kinds_of(sample: Sample) -> tuple[str, ...]:
+    """The names of a sample's members: media are swapped among those of equal names."""
+    return tuple(sorted(sample.members))
+
 
 def changed(samples: list[Sample], control: Control, seed: int = 0) -> list[Sample]:
     """The samples without their system turns, or with the media (all, or the sound) of another one, drawn by a random
     rotation among equal kinds.
 
-    Controls that change nothing but frames leave the samples as they are.
+    Controls that change nothing but frames leave the samples as they are. See ``changeable``: a sample without its like
+    would keep its own media.
     """
     if control is Control.system_left_out:
         kept = [[turn for turn in sample.content["messages"] if turn["role"] != "system"] for sample in samples]
         contents = [{**sample.content, "messages": own} for sample, own in zip(samples, kept, strict=True)]
         return [dataclasses.replace(sample, content=own) for sample, own in zip(samples, contents, strict=True)]
-    if control not in (Control.media_swapped, Control.sound_swapped):
+    if control not in SWAPS:
         return samples
     partner: dict[int, int] = {}
     rng = np.random.default_rng(seed)
-    for names in sorted({tuple(sorted(sample.members)) for sample in samples}):  # only media of the same kinds
-        alike = np.array([n for n, sample in enumerate(samples) if tuple(sorted(sample.members)) == names])
+    for kinds in sorted({kinds_of(sample) for sample in samples}):
+        alike = np.array([n for n, sample in enumerate(samples) if kinds_of(sample) == kinds])
         order = rng.permutation(alike)
         partner |= dict(zip(order, np.roll(order, 1), strict=True))
     swapped = []

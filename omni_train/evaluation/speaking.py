@@ -24,6 +24,7 @@ from omni_train.data.media_tokens import SAMPLES_PER_CODEC_FRAME
 from omni_train.data.pipeline import DataPipeline
 from omni_train.data.talker_sequence import CODES, read_codes, reply_tokens
 from omni_train.data.tokenizer import IM_END
+from omni_train.engine.deepspeed import in_precision
 from omni_train.engine.parallel import Ranks
 from omni_train.evaluation.capabilities import gather, split_tasks
 from omni_train.evaluation.speech import (
@@ -50,10 +51,15 @@ TIMES_AS_LONG = 4
 
 
 class Speaker:
-    """Thinker, Talker and Code2Wav of exports, whole on every rank: codes and waves of replies."""
+    """Talker, Code2Wav and the Thinker's layers that the Talker reads, of exports, whole on every rank: codes and waves
+    of replies."""
 
     def __init__(self, config: RunConfig, talker: Path, code2wav: Path, data: DataPipeline, ranks: Ranks) -> None:
         model, tokenizer = config.model, data.tokenizer
+        assert model.talker is not None  # RunConfig refuses such a stage
+        # One layer more than the Talker reads: what comes after the last one is normed.
+        layers = min(model.text.num_hidden_layers, model.talker.accept_hidden_layer + 1)
+        model = replace(model, text=replace(model.text, num_hidden_layers=layers))
         self.thinker = compose(build_thinker(thinker_config(model, tokenizer, config.stage.yarn_factor), seed=0))
         for component in THINKER_COMPONENTS:
             folder = init_of(config.init, component)
@@ -64,6 +70,8 @@ class Speaker:
         load_components(self.talker, talker, {"talker", "mtp"})
         self.code2wav = Code2Wav(model)
         load_components(self.code2wav, code2wav, {"code2wav"})
+        for module in (self.thinker, self.talker):
+            in_precision(module, config.engine.precision)
         for module in (self.thinker, self.talker, self.code2wav):
             module.eval().to(ranks.device)
         self.device = ranks.device

@@ -205,7 +205,8 @@ def listener_of(data: DataPipeline, run_dir: Path | None, ranks: Ranks) -> Recog
     samples = [sample for name, source in data.config.mixture.items() for sample in read_all(data, name, source)]
     listener = train_recogniser(clips_of(samples), ranks, seed=0)
     if path and ranks.is_main:
-        torch.save({"lexicon": listener.lexicon, "weights": listener.state_dict()}, path)
+        torch.save({"lexicon": listener.lexicon, "weights": listener.state_dict()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
     dist.barrier()
     return listener
 

@@ -104,4 +104,4 @@ def transcribe_tasks(
             pairs = gather(part)
             others = [reference for _, reference in [*pairs[1:], pairs[0]]]
             swapped = [(answer, other) for (answer, _), other in zip(pairs, others, strict=True)]
-            yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s", langs_of(samples))
+            yield Answers(f"aut_{task}", pairs, swapped, f"_{window}s", langs_of(samples), langs_of(samples))

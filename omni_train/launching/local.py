@@ -132,6 +132,18 @@ def prepare_rank() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class StopSignal:
+    """Remembers TERM or USR1, so that the run saves at the end of a step and leaves."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.seen = True
+
+
 def quiet() -> None:
     """Silence, before heavy imports, notices that no user can act on; errors and our own lines stay."""
     for name, value in {

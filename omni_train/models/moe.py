@@ -53,8 +53,11 @@ def router_sums(logits: list[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
     rows = [layer.reshape(-1, layer.shape[-1]) for layer in logits]
     probabilities = torch.stack([row.float().softmax(-1).sum(0) for row in rows])
     with torch.no_grad():
-        counts = torch.stack([row.topk(top_k).indices.flatten().bincount(minlength=row.shape[-1]) for row in rows])
-    return probabilities, counts.float()
+        counts = torch.zeros_like(probabilities)
+        for own, row in zip(counts, rows, strict=True):  # NOTE: bincount would wait for the device
+            chosen = row.topk(top_k).indices.flatten()
+            own.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=own.dtype))
+    return probabilities, counts
 
 
 def balance_loss_sum(probability_sums_LE: Tensor, fractions_LE: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from omni_train.data.contracts import Pack
 from omni_train.models.attention import Segments
 
 CHUNK_FRAMES = 100  # one second of mel frames, convolved on its own
 CHUNK_TOKENS = 13  # what three stride-2 convolutions leave of it
+RECOMPUTED_CHUNKS = 256  # in one piece
 
 
 def halve(length):
@@ -54,6 +56,23 @@ def chunks_of(frames: int, is_continued: bool = False) -> list[tuple[int, int]]:
 
 def embed_chunks(tower: nn.Module, mel: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
     """Convolution and position embedding of consecutive chunks of mel [128, F] → tokens [A, E].
+
+    Where the tower's layers are recomputed this is too, in blocks: at full size a chunk is some 10 MB until its
+    backward.
+    """
+    if not (tower.training and getattr(tower, "gradient_checkpointing", False)):
+        return _embed_chunks(tower, mel, chunks)
+    blocks = [chunks[start : start + RECOMPUTED_CHUNKS] for start in range(0, len(chunks), RECOMPUTED_CHUNKS)]
+    parts = mel.split([sum(frames for frames, _ in block) for block in blocks], dim=1)
+    embedded = [
+        checkpoint(_embed_chunks, tower, part, block, use_reentrant=False)
+        for part, block in zip(parts, blocks, strict=True)
+    ]
+    return torch.cat(embedded)
+
+
+def _embed_chunks(tower: nn.Module, mel: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
+    """``embed_chunks`` of one block.
 
     Activations beyond the length that a chunk is padded to are zeroed after each convolution, so a chunk is the same
     whatever stands beside it.

@@ -125,6 +125,11 @@ def wave_head_of(folder: Path) -> WaveHead:
     return WaveHead[head]
 
 
+def dtype_of(folder: Path) -> torch.dtype:
+    """The type of number of an exported Thinker."""
+    return getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+
+
 def yarn_factor_of(folder: Path) -> float:
     """The YaRN factor that an exported Thinker was trained with; 1 without YaRN."""
     description = json.loads((Path(folder) / "config.json").read_text())

@@ -19,7 +19,6 @@ from urllib.parse import urlparse
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_MODES = ("offline", "online", "disabled")
 
 
 class MetricsWriter:
@@ -28,14 +27,11 @@ class MetricsWriter:
     ``run_dir`` is the folder of the stage. Nothing is written, and wandb is not imported, where ``is_writer`` is False.
     ``wandb_project`` None is the same as mode "disabled". Mode "online" without an API key becomes "offline" with one
     warning; ``wandb sync <run_dir>/wandb/offline-run-*`` uploads such a run later.
-    Raises ValueError for an unknown mode.
     """
 
     def __init__(
         self, run_dir: Path, *, wandb_project: str | None, wandb_mode: str, config: dict[str, Any], is_writer: bool
     ) -> None:
-        if wandb_mode not in WANDB_MODES:
-            raise ValueError(f"wandb mode {wandb_mode!r} is unknown; choose one of {', '.join(WANDB_MODES)}")
         self.path = Path(run_dir) / METRICS_FILE
         self.is_writer = is_writer
         self._file: Any = None

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from omni_train.config.post_training import RolloutConfig
 from omni_train.data.contracts import BadSample, Document, DocumentPlan, Pack, PackPlan, Prompt
+from omni_train.data.mixture import OutOfData
 from omni_train.objectives.gspo import group_advantages, has_signal
 from omni_train.rollout.rewards import Answered, RewardError, Rewards
 from omni_train.rollout.sample import Answer, Sampler
@@ -177,7 +178,12 @@ class RolloutSource:
         bad: list[BadSample] = []
         groups: list[Group | None] = []
         for number in range(self.config.max_draws):
-            drawn = self._draw(number, statistics, bad)
+            try:
+                drawn = self._draw(number, statistics, bad)
+            except OutOfData:  # on every rank; what is there already is trained on
+                if number == 0:
+                    raise
+                break
             groups = drawn if not groups else self._fill(groups, drawn)
             if number + 1 == self.config.max_draws or not self.is_any(None in groups):
                 break

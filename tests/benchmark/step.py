@@ -7,13 +7,16 @@
 
 All three read, decode and train on the same documents in the same order: ours and the bare loop as packs, Trainer as
 one padded batch of a step's documents. They take turns, a few steps each, so that what else runs on the machine falls
-on all; what is printed are ratios of useful tokens (padding does not count) a second. ``--ranks 2`` instead compares
-one rank with two ranks and expert parallelism 2 on the same plan, and with two unconnected processes, which is what
-the machine allows. With one pack of 512 tokens a lane (S2's default) what comes once a step, ZeRO's reduction and the
-optimizer's, is a sixth of it; ``data.packs_per_lane=2`` accumulates gradients. Fresh routers load one rank's experts
-more than the other's; ``+init.all=runs/quickstart/s1_encoders/export`` takes the weights that S2 starts with. S3's
-documents differ most in length. It and the SFT go without films, whose positions stock does not find in a padded
-batch. The corpus must be there (``make corpus``).
+on all; what is printed are ratios of useful tokens (padding does not count) a second. S3's documents differ most in
+length. It and the SFT go without films, whose positions stock does not find in a padded batch.
+
+``--ranks 2`` instead compares two ranks and expert parallelism 2 with one rank, on the same packs: with one that has
+as many packs a step as each of the two (weak scaling: a rank's batch stays), and with one that has those of both
+(strong scaling: the step's batch stays, so ZeRO has half as much to halve); and with two processes that know nothing
+of each other, which is what the machine allows. Fresh routers load one rank's experts more than the other's;
+``+init.all=runs/quickstart/s1_encoders/export`` takes the weights that S2 starts with.
+
+The corpus must be there (``make corpus``).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,17 +58,22 @@ def histogram(lengths: list[int]) -> str:
 
 
 class Ours:
-    """The real loop: loader, objective, engine."""
+    """The real loop: loader, objective, engine; a planned step as ``parts`` steps, of its lanes one after another."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, parts: int = 1) -> None:
         from omni_train.engine import parallel
         from omni_train.train import Trainer
 
-        self.trainer = Trainer(config, parallel.start(config.engine))
+        data = replace(config.data, lanes=config.data.lanes // parts)
+        self.trainer = Trainer(replace(config, data=data), parallel.start(config.engine))
+        self.loader = self.trainer.loader if parts == 1 else DataPipeline.of(config).loader(0, 1)
+        self.parts = parts
 
     def step(self) -> list[str]:
-        packs = self.trainer.loader.next_step()
-        self.trainer.step(packs)
+        packs = self.loader.next_step()
+        size = len(packs) // self.parts
+        for start in range(0, len(packs), size):
+            self.trainer.step(packs[start : start + size])
         return [name for pack in packs for name in pack.sample_ids]
 
 
@@ -236,16 +245,17 @@ def turns(config: RunConfig, num_steps: int, num_rounds: int, peer: str) -> None
 
 
 class Job:
-    """Processes that each wait for a word to take steps: ``world`` ranks of one job, or of ``number`` jobs at once."""
+    """Processes that each wait for a word to take steps: ``world`` ranks of one job, or of ``number`` jobs at once,
+    which take a planned step in ``parts``."""
 
-    def __init__(self, stage: str, overrides: list[str], number: int, world: int) -> None:
+    def __init__(self, stage: str, overrides: list[str], number: int, world: int, parts: int) -> None:
         parallel = [f"engine.num_processes={world}", f"engine.expert_parallel={world}"]
         self.processes: list[subprocess.Popen] = []
         for job in range(number):
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
             own_folder = [f"run_dir={tempfile.mkdtemp()}"] if job else []
             for rank in range(world):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), STEP_OF_RANK: f"{job}/{number}"}
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), STEP_OF_RANK: f"{job}/{number}/{parts}"}
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, __file__, "--stage", stage, *overrides, *parallel, *own_folder],
@@ -287,32 +297,38 @@ class Job:
 
 
 def ranks_in_turn(stage: str, overrides: list[str], num_ranks: int, num_steps: int, num_rounds: int) -> None:
-    """One rank, ``num_ranks`` with expert parallelism over them, and as many processes of one rank each that know
-    nothing of each other, by turns. The last is what the machine allows."""
-    rounds = []
+    """By turns: one rank with a rank's packs a step and one with those of all, ``num_ranks`` with expert parallelism
+    over them, and as many processes of one rank each that know nothing of each other."""
+    kinds = {  # (jobs at once, ranks of each, steps for each planned one)
+        "1 rank": (1, 1, num_ranks),
+        f"1 rank with {num_ranks} × the packs": (1, 1, 1),
+        f"{num_ranks} ranks": (1, num_ranks, 1),
+        f"{num_ranks} apart": (num_ranks, 1, num_ranks),
+    }
+    rounds: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
-        jobs = [
-            stack.enter_context(Job(stage, overrides, number, world))
-            for number, world in ((1, 1), (1, num_ranks), (num_ranks, 1))
-        ]
+        jobs = {name: stack.enter_context(Job(stage, overrides, *kind)) for name, kind in kinds.items()}
         for number in range(num_rounds):
-            order = (0, 1, 2) if number % 2 else (2, 1, 0)
-            rates = {at: jobs[at].rate(num_steps) for at in order}
-            rounds.append((rates[1] / rates[0], rates[2] / rates[0]))
-            alone, together, apart = (f"{rates[at]:,.0f}" for at in range(3))
-            print(f"  1 rank {alone}, {num_ranks} ranks {together}, {num_ranks} apart {apart} tokens/s", flush=True)
-    for what, ratios in zip(
-        (f"expert parallelism {num_ranks}", "no connection"), zip(*rounds, strict=True), strict=True
+            rates = {name: jobs[name].rate(num_steps) for name in list(jobs)[:: 1 if number % 2 else -1]}
+            rounds.append(rates)
+            print("  " + ", ".join(f"{name} {rates[name]:,.0f}" for name in jobs) + " tokens/s", flush=True)
+    one, one_of_all, ranks, apart = kinds
+    for what, more, fewer in (
+        ("expert parallelism / one rank, the same packs a rank and step (weak scaling)", ranks, one),
+        ("expert parallelism / one rank, the same packs a step (strong scaling)", ranks, one_of_all),
+        ("no connection / one rank, the same packs a rank and step", apart, one),
     ):
+        ratios = [rates[more] / rates[fewer] for rates in rounds]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        print(f"{num_ranks} ranks, {what} / one rank {middle:.2f}; quartiles {low:.2f} and {high:.2f}")
+        print(f"{num_ranks} ranks, {what} {middle:.2f}; quartiles {low:.2f} and {high:.2f}")
 
 
 def as_rank(config: RunConfig) -> None:
-    """One process of a Job: at each number on its input, so many steps, and their rate in tokens a second."""
-    bind_to_processors(*map(int, os.environ[STEP_OF_RANK].split("/")))  # jobs, as ranks are
+    """One process of a Job: at each number on its input, so many planned steps, and their rate in tokens a second."""
+    job, number, parts = map(int, os.environ[STEP_OF_RANK].split("/"))
+    bind_to_processors(job, number)  # jobs, as ranks are
     with contextlib.redirect_stdout(io.StringIO()):
-        ours = Ours(config)
+        ours = Ours(config, parts)
     for line in sys.stdin:
         before, started = ours.trainer.position.tokens, time.perf_counter()
         for _ in range(int(line)):
@@ -341,6 +357,8 @@ def main() -> None:
         return as_rank(config)
     print(f"{options.stage} {' '.join(own)}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
+    if config.data.lanes % options.ranks:
+        parser.error(f"--ranks must divide the lanes: data.lanes={options.ranks} would do")
     if options.ranks > 1:
         return ranks_in_turn(options.stage, own, options.ranks, options.steps, options.rounds)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -23,16 +24,18 @@ def stage_command(stage: str, run_dir: Path, *extra: str) -> list[str]:
     return ["train", stage, *overrides(run_dir, *budget), *extra]
 
 
-def outcome(run_dir: Path) -> tuple[list[dict], str, str]:
-    """(all metrics but the speed, by step; hash of the exported weights; the DONE file)."""
+def outcome(run_dir: Path) -> tuple[list[dict], str, dict]:
+    """(all metrics but the speed, by step; hash of the exported weights; the DONE file but its time)."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("tokens_per_second", None)
     digest = hashlib.sha256((run_dir / "export" / "model.safetensors").read_bytes()).hexdigest()
-    return records, digest, (run_dir / "DONE").read_text()
+    done = json.loads((run_dir / "DONE").read_text())
+    assert abs(done.pop("time_ns") - time.time_ns()) < 3600e9
+    return records, digest, done
 
 
-def finish(stage: str, run_dir: Path, *extra: str) -> tuple[list[dict], str, str]:
+def finish(stage: str, run_dir: Path, *extra: str) -> tuple[list[dict], str, dict]:
     done = omni_train(*stage_command(stage, run_dir, *extra))
     assert done.returncode == 0, done.stdout + done.stderr
     return outcome(run_dir)
@@ -58,8 +61,11 @@ def ran_dry(run_dir: Path) -> list[tuple[str, int]]:
     return [(record["source"], record["step"]) for record in records if record["event"] == "exhausted"]
 
 
-def kill_command(command: list[str], run_dir: Path, is_time: Callable[[], bool]) -> int:
-    """Start a command, SIGKILL all of its ranks as soon as ``is_time``; the number of steps logged by then."""
+def kill_command(
+    command: list[str], run_dir: Path, is_time: Callable[[], bool], number: int = signal.SIGKILL, code: int = -9
+) -> int:
+    """Start a command, send a signal to all of its processes as soon as ``is_time``, expect its exit status; the number
+    of steps logged by then."""
     process = start(*command)
     deadline = time.monotonic() + START_LIMIT_SEC
     try:
@@ -68,13 +74,14 @@ def kill_command(command: list[str], run_dir: Path, is_time: Callable[[], bool])
             assert time.monotonic() < deadline
             time.sleep(0.001)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        os.killpg(process.pid, number)
+        told = process.communicate()[0]
+    assert process.returncode == code, told
     assert not (run_dir / "DONE").exists(), "the kill came too late"
     return num_steps_logged(run_dir)
 
 
-def assert_same(resumed: tuple[list[dict], str, str], straight: tuple[list[dict], str, str]) -> None:
+def assert_same(resumed: tuple[list[dict], str, dict], straight: tuple[list[dict], str, dict]) -> None:
     records, digest, done = resumed
     assert [r["step"] for r in records] == [r["step"] for r in straight[0]]
     for ours, theirs in zip(records, straight[0], strict=True):
@@ -82,18 +89,42 @@ def assert_same(resumed: tuple[list[dict], str, str], straight: tuple[list[dict]
     assert (digest, done) == straight[1:]
 
 
-def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    limited = ("mixture.digits.max_epochs=0.34",)
-    straight = finish("s1_encoders", tmp_path / "straight" / "s1_encoders", *limited)
-    records = straight[0]
-    assert records[-2]["step"] == NUM_STEPS
-    assert len({r["samples"] for r in records[:-1]}) == NUM_STEPS, "every step has samples of its own"
-    killed = tmp_path / "killed" / "s1_encoders"
-    assert 9 <= kill_when("s1_encoders", killed, lambda: num_steps_logged(killed) >= 9, *limited) < NUM_STEPS
-    assert_same(finish("s1_encoders", killed, *limited), straight)
-    ((source, step),) = ran_dry(killed)  # before the checkpoint that it went on from: told once
+LIMITED = ("mixture.digits.max_epochs=0.34",)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str, dict]:
+    run_dir = tmp_path_factory.mktemp("straight") / "s1_encoders"
+    found = finish("s1_encoders", run_dir, *LIMITED)
+    assert found[0][-2]["step"] == NUM_STEPS
+    assert len({r["samples"] for r in found[0][:-1]}) == NUM_STEPS, "every step has samples of its own"
+    ((source, step),) = ran_dry(run_dir)
     assert source == "digits" and 0 < step < 8
-    assert [(source, step)] == ran_dry(tmp_path / "straight" / "s1_encoders")
+    return found
+
+
+def test_a_killed_stage_goes_on_as_if_nothing_had_happened(straight, tmp_path: Path) -> None:
+    killed = tmp_path / "s1_encoders"
+    assert 9 <= kill_when("s1_encoders", killed, lambda: num_steps_logged(killed) >= 9, *LIMITED) < NUM_STEPS
+    assert_same(finish("s1_encoders", killed, *LIMITED), straight)
+    assert len(ran_dry(killed)) == 1, "before the checkpoint that it went on from: told once"
+
+    (killed / "DONE").unlink()  # as if killed in its last evaluation
+    shutil.rmtree(killed / "export")
+    newest = sorted((killed / "checkpoints").glob("step_*/COMMIT"))[-1]
+    before = newest.stat().st_ino
+    assert_same(finish("s1_encoders", killed, *LIMITED, "save_every_steps=100"), straight)
+    assert newest.stat().st_ino == before, "what is committed is not written again"
+
+
+def test_a_stage_that_is_told_to_stop_saves_its_last_step(straight, tmp_path: Path) -> None:
+    """The signal comes to the data workers too, as from torchrun and Slurm."""
+    stopped, seldom = tmp_path / "s1_encoders", (*LIMITED, "save_every_steps=100", "data.num_workers=1")
+    command = stage_command("s1_encoders", stopped, *seldom)
+    steps = kill_command(command, stopped, lambda: num_steps_logged(stopped) >= 3, signal.SIGTERM, 85)
+    (saved,) = (stopped / "checkpoints").glob("step_*/COMMIT")
+    assert int(saved.read_text()) == steps < NUM_STEPS
+    assert_same(finish("s1_encoders", stopped, *seldom), straight)
 
 
 @pytest.mark.slow

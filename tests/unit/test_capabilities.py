@@ -27,7 +27,7 @@ def test_score_by_hand():
 
 def test_answers_apart_by_language_keep_their_controls():
     pairs = [("un", "un"), ("x", "два"), ("deux", "deux")]
-    answers = Answers("spoken_caption", pairs, [("un", "trois"), ("два", "два")], langs=["fr", "ru", "fr"])
+    answers = Answers("spoken_caption", pairs, [("un", "trois"), ("два", "два")], "", ["fr", "ru", "fr"], ["fr", "ru"])
     by_lang = answers.by_lang()
     assert list(by_lang) == ["fr", "ru"]
     assert by_lang["fr"].pairs == [pairs[0], pairs[2]] and by_lang["fr"].swapped == [("un", "trois")]

@@ -126,6 +126,9 @@ def test_a_half_deleted_checkpoint_is_not_committed(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         checkpoint.prune(tmp_path, keep=1)
     assert [path.name for path in checkpoint.committed(tmp_path)] == ["step_00000004"]
+    monkeypatch.undo()
+    checkpoint.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
 
 
 def test_another_number_of_ranks_and_a_missing_engine_are_named(tmp_path: Path) -> None:

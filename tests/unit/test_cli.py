@@ -88,6 +88,21 @@ def test_a_users_error_keeps_its_traceback_on_demand(monkeypatch: pytest.MonkeyP
         cli.main(["train", "s2_generl"])
 
 
+def test_what_does_not_fit_a_launcher_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for command, message in (
+        (["run", "recipes/tiny.yaml"], "under torchrun run its stages one by one"),
+        (["train", "s2_general"], "data.lanes (2) must be at least the number of ranks (4)"),
+        (
+            ["train", "s2_general", "data.lanes=8", "engine.num_processes=8", "engine.expert_parallel=8"],
+            "engine.expert_parallel (8) must divide the number of processes (4)",
+        ),
+    ):
+        assert cli.main(command) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_an_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt

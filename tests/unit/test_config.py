@@ -159,6 +159,18 @@ def test_to_dict_survives_yaml_and_names_enums() -> None:
     assert values["stage"]["objective"] == "transcription" and values["engine"]["precision"] == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("wandb_mode=onlin", "wandb_mode 'onlin' is unknown; did you mean 'online'"),
+        ("save_every_steps=0", "save_every_steps and keep_checkpoints must be at least 1"),
+    ],
+)
+def test_what_would_fail_after_a_step_fails_at_once(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("s2_general", [override])
+
+
 def test_changed_keys_name_what_changes_a_run_and_nothing_else() -> None:
     before = to_dict(load("s2_general", []))
     harmless = ["save_every_steps=1", "engine.threads=2", "wandb_mode=disabled", "run_dir=elsewhere", "eval_tokens=5"]

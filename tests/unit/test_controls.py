@@ -10,7 +10,7 @@ from test_video import GEOMETRY, greys
 from omni_train.config import Control
 from omni_train.data.contracts import Document, Sample
 from omni_train.data.video import decode_video
-from omni_train.evaluation.controls import changed, without_motion
+from omni_train.evaluation.controls import changeable, changed, without_motion
 
 
 def test_a_control_keeps_question_and_reference_and_takes_the_media_of_another():
@@ -30,6 +30,13 @@ def test_a_control_takes_media_of_the_same_kinds_only():
     for before, after in zip(samples, changed(samples, Control.media_swapped), strict=True):
         assert set(after.members) == set(before.members)
         assert after.members["a.flac"] != before.members["a.flac"]
+
+
+def test_what_has_nothing_to_swap_with_is_not_in_the_control():
+    samples = [spoken(n, f"word {n}") for n in range(4)]
+    samples[1].members["b.flac"] = b"second"
+    assert changeable(samples, Control.media_swapped) == [samples[0], *samples[2:]]
+    assert changeable(samples, Control.frames_frozen) == samples
 
 
 def test_a_control_leaves_the_system_turns_out():

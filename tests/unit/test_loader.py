@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from test_index import write_shards
 
 from omni_train.data.contracts import DocumentPlan, PackPlan
 from omni_train.data.index import ensure_index
@@ -189,6 +191,48 @@ def test_a_worker_that_dies_is_an_error_not_a_hang():
         with pytest.raises(RuntimeError, match="a data worker died"):
             for _ in range(3):
                 loader.next_step()
+
+
+def test_workers_go_on_when_the_whole_job_is_told_to_stop():
+    """The rank saves then, for which it needs the step that is on its way. The signals come from another process."""
+    with StepLoader(make_planner(), FakeLoad(), dummy, 0, 1, 2) as loader:
+        loader.next_step()
+        workers = list(loader._executor._processes)
+        server = forkserver._forkserver._forkserver_pid
+        for number in ("TERM", "USR1"):
+            subprocess.run(["kill", f"-{number}", *map(str, [server, *workers])], check=True)
+        time.sleep(0.2)
+        for _ in range(4):
+            loader.next_step()
+        assert list(loader._executor._processes) == workers
+        os.kill(server, 0)
+
+
+FORKED = """
+import multiprocessing, sys
+sys.path.insert(0, {tests!r})
+from test_index import describe
+from test_loader import FakeLoad, dummy, make_planner
+from omni_train.data.index import ensure_index
+from omni_train.data.loader import StepLoader
+def rank():
+    with StepLoader(make_planner(), FakeLoad(), dummy, 0, 1, 1) as loader:
+        loader.next_step()
+if __name__ == "__main__":
+    assert len(ensure_index(sys.argv[1:], describe, "", jobs=2)) == 2
+    process = multiprocessing.get_context("fork").Process(target=rank)
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+def test_a_rank_forked_from_a_process_that_has_indexed_shards_starts_workers(tmp_path):
+    shards = write_shards(tmp_path, ["one", "two", "three"], maxcount=2)
+    script = tmp_path / "script.py"
+    script.write_text(FORKED.format(tests=os.path.dirname(__file__)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, str(script), *map(str, shards)], timeout=120, env=environment, check=True)
 
 
 def test_more_ranks_than_lanes_and_bad_settings_are_refused():

@@ -149,6 +149,11 @@ def test_groups_without_signal_are_drawn_anew_from_their_own_lane():
     ]
 
 
+def test_what_was_drawn_is_trained_on_when_the_prompts_end_within_a_cycle():
+    packs = source_of(Sampler({1: NO_SIGNAL}), Prompts(steps=1), max_draws=3).next_step()
+    assert prompts_of(packs) == ["s/0", "s/2", "s/3"]
+
+
 def test_a_cycle_is_dealt_to_its_updates_by_slot_and_one_without_answers_is_passed():
     source = source_of(Sampler({0: NO_SIGNAL, 2: NO_SIGNAL}), updates_per_cycle=2)
     packs = source.next_step()  # the first update has slot 0 of each lane: nothing to learn

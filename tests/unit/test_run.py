@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from omni_train import run as running
-from omni_train.config import ConfigError, Control, RunConfig, load, to_dict
+from omni_train.config import ConfigError, Control, RunConfig, load, origins_of, to_dict
 from omni_train.evaluation.capabilities import Answers
 from omni_train.measure import job_of_export, jobs_of_run, measure
 from omni_train.recipe import load_recipe, stage_overrides
 from omni_train.reporting.results import add_stage, load_results
-from omni_train.run import check_unchanged, stage_line, start_stage
+from omni_train.run import check_origins, check_unchanged, stage_line, start_stage
 
 
 def write_recipe(folder: Path, text: str) -> Path:
@@ -201,6 +201,28 @@ def test_the_mixture_may_change_where_the_policy_allows_it(tmp_path: Path) -> No
     check_unchanged(load("s2_general", [*changed, "data.resume_policy=reweight"]))
 
 
+def test_a_stage_whose_origin_was_trained_anew_says_so(tmp_path: Path) -> None:
+    origin = tmp_path / "s1_encoders"
+    (origin / "export").mkdir(parents=True)
+    (origin / "DONE").write_text('{"time_ns": 1}')
+    own = [f"run_dir={tmp_path}/s2_general", f"+init.all={origin}/export"]
+    config = load("s2_general", own)
+    check_origins(config)  # never started
+    (tmp_path / "s2_general").mkdir()
+    (tmp_path / "s2_general" / "origins.json").write_text(json.dumps(origins_of(config.init)))
+    (origin / "DONE").write_text('{"time_ns": 2}')
+    check_origins(config)  # killed before its first checkpoint: starts anew
+    (tmp_path / "s2_general" / "DONE").touch()
+    with pytest.raises(ConfigError, match="was trained from '.*s1_encoders/export' as it was before"):
+        check_origins(config)
+    (origin / "DONE").write_text('{"time_ns": 1}')
+    check_origins(config, [f"{origin}/export"])
+    (origin / "DONE").unlink()
+    check_origins(config)  # nobody will make it
+    with pytest.raises(ConfigError, match="move '.*s2_general' away"):
+        check_origins(config, [f"{origin}/export"])
+
+
 def test_a_folder_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
     half_done(tmp_path)
     (tmp_path / "checkpoints" / "step_00000004" / "COMMIT").unlink()
@@ -319,7 +341,7 @@ def test_measure_writes_figures_by_language_beside_their_controls(tmp_path: Path
 
     def answer_tasks(config, folder, tasks, split, ranks, max_new_tokens, *, use_yarn, control):
         asked.append((tasks, split, max_new_tokens, control))
-        yield Answers("spoken_word", [("un", "un"), ("x", "два")], [("un", "deux")], langs=["fr", "ru"])
+        yield Answers("spoken_word", [("un", "un"), ("x", "два")], [("un", "deux")], "", ["fr", "ru"], ["fr"])
 
     monkeypatch.setattr("omni_train.engine.parallel.start", lambda engine: SimpleNamespace(is_main=True))
     monkeypatch.setattr("omni_train.engine.parallel.stop", lambda: None)
