@@ -12,6 +12,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoeVisionEncoder,
 )
 
+from omni_train.models import towers
 from omni_train.models.build import audio_config, build_encoder, vision_config
 from omni_train.models.towers import adapt_audio, encode_audio, encode_vision, stream_audio
 
@@ -125,6 +126,32 @@ def test_a_window_comes_out_before_the_next_frames_are_asked_for(tower):
 
 
 GRIDS = [(1, 2, 2), (1, 8, 4), (2, 4, 6), (3, 2, 2), (1, 16, 12)]
+
+
+def test_recomputed_convolutions_give_the_same_gradients(monkeypatch):
+    """In blocks of two seconds; stock's own switch turns it on."""
+    tower = build_encoder(MICRO, "audio", seed=0)
+    perturb(tower)
+    tower.train()
+    clips = [clip(frames) for frames in (250, 40, 801)]
+    lengths = torch.tensor([mel.shape[1] for mel in clips])
+    calls = []
+    embed = towers._embed_chunks
+    monkeypatch.setattr(towers, "RECOMPUTED_CHUNKS", 2)
+    monkeypatch.setattr(towers, "_embed_chunks", lambda *given: calls.append(len(given[2])) or embed(*given))
+    found = []
+    for number in range(2):
+        if number:
+            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tower.zero_grad()
+        out = encode_audio(tower, torch.cat(clips, dim=1), lengths, torch.tensor([8, 8, 8]))
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in tower.named_parameters() if parameter.grad is not None}
+        assert "conv2d1.weight" in gradients
+        found.append({"out": out.detach()} | {name: grad.clone() for name, grad in gradients.items()})
+    assert calls == [13, *[2] * 6, 1, *calls[8:]] and sorted(calls[8:]) == [1, *[2] * 6], "twice each"
+    for name, value in found[0].items():
+        assert (found[1][name] - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
 @pytest.mark.parametrize("order", [GRIDS, GRIDS[::-1]], ids=["up", "down"])
