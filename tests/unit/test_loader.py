@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -193,19 +192,24 @@ def test_a_worker_that_dies_is_an_error_not_a_hang():
                 loader.next_step()
 
 
-def test_workers_go_on_when_the_whole_job_is_told_to_stop():
-    """The rank saves then, for which it needs the step that is on its way. The signals come from another process."""
+SIGNALLED = """
+import os, subprocess, sys, time
+sys.path.insert(0, {tests!r})
+from multiprocessing import forkserver
+from test_loader import FakeLoad, dummy, make_planner
+from omni_train.data.loader import StepLoader
+if __name__ == "__main__":
     with StepLoader(make_planner(), FakeLoad(), dummy, 0, 1, 2) as loader:
         loader.next_step()
-        workers = list(loader._executor._processes)
-        server = forkserver._forkserver._forkserver_pid
+        workers, server = list(loader._executor._processes), forkserver._forkserver._forkserver_pid
         for number in ("TERM", "USR1"):
-            subprocess.run(["kill", f"-{number}", *map(str, [server, *workers])], check=True)
+            subprocess.run(["kill", f"-{{number}}", *map(str, [server, *workers])], check=True)
         time.sleep(0.2)
         for _ in range(4):
             loader.next_step()
         assert list(loader._executor._processes) == workers
         os.kill(server, 0)
+"""
 
 
 FORKED = """
@@ -227,12 +231,22 @@ if __name__ == "__main__":
 """
 
 
-def test_a_rank_forked_from_a_process_that_has_indexed_shards_starts_workers(tmp_path):
-    shards = write_shards(tmp_path, ["one", "two", "three"], maxcount=2)
-    script = tmp_path / "script.py"
-    script.write_text(FORKED.format(tests=os.path.dirname(__file__)))
+def run_script(folder, code, *arguments, **options):
+    """A script of its own: the fork server of this process may be another test's."""
+    script = folder / "script.py"
+    script.write_text(code.format(tests=os.path.dirname(__file__)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, str(script), *map(str, shards)], timeout=120, env=environment, check=True)
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, timeout=120, env=environment, **options)
+
+
+def test_workers_go_on_when_the_whole_job_is_told_to_stop(tmp_path):
+    """The rank saves then, for which it needs the step that is on its way. The signals come from another process."""
+    run_script(tmp_path, SIGNALLED, check=True)
+
+
+def test_a_rank_forked_from_a_process_that_has_indexed_shards_starts_workers(tmp_path):
+    run_script(tmp_path, FORKED, *write_shards(tmp_path, ["one", "two", "three"], maxcount=2), check=True)
 
 
 def test_more_ranks_than_lanes_and_bad_settings_are_refused():
@@ -278,12 +292,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_no_worker_outlives_the_run(tmp_path, how):
     """Neither a script that forgets close() nor one that is killed hangs or leaves workers."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, str(script), how], stdout=subprocess.PIPE, timeout=120, text=True, env=environment
-    )
+    result = run_script(tmp_path, SCRIPT, how, stdout=subprocess.PIPE, text=True)
     assert result.returncode == (-9 if how == "kill" else 0)
     workers = [int(pid) for pid in result.stdout.split()]
     assert len(workers) == 2
