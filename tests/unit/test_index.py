@@ -114,7 +114,7 @@ def test_bad_samples_are_kept_apart_with_their_place(tmp_path):
         load_index(shard)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_too_many_bad_samples_stop_after_the_shard_that_passes_a_number(tmp_path, jobs):
     shards = write_shards(tmp_path, ["bad", "a", "bad", "b", "c", "bad", "d", "e", *"ffff"])
     with pytest.raises(DataError, match=r"x-000000\.tar: sample 'k2': byte 4,096: .*\(2 bad samples, 1 allowed"):

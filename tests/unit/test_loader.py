@@ -245,6 +245,7 @@ def test_workers_go_on_when_the_whole_job_is_told_to_stop(tmp_path):
     run_script(tmp_path, SIGNALLED, check=True)
 
 
+@pytest.mark.slow
 def test_a_rank_forked_from_a_process_that_has_indexed_shards_starts_workers(tmp_path):
     run_script(tmp_path, FORKED, *write_shards(tmp_path, ["one", "two", "three"], maxcount=2), check=True)
 
