@@ -228,13 +228,29 @@ def run(path: Path, overrides: list[str]) -> int:
     return 0
 
 
+def check_made(recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: Path) -> None:
+    """Raise ConfigError when what made the shards that a stage has begun on has been trained anew since."""
+    for name in recipe.made_for(stage):
+        makers = {role: done_at(run_dir / maker) for role, maker in recipe.data[name].stages.items()}
+        done = run_dir / "data" / name / "DONE"
+        if done.exists() and json.loads(done.read_text())["done"] != makers:
+            raise ConfigError(
+                f"'{config.run_dir}' was trained on '{done.parent}', made by {', '.join(makers)} before one of them was "
+                f"trained anew; move '{config.run_dir}' away to train it again too"
+            )
+
+
 def make_data(
     recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: Path, roots: dict[str, str], own: list[str]
 ) -> int:
     """Make on local ranks the shards that a stage trains on, unless it is finished or they were made of the same; the
-    exit status. ``roots``: the data.root of each stage, ``own``: the overrides of this one."""
+    exit status. ``roots``: the data.root of each stage, ``own``: the overrides of this one.
+    Raises ConfigError as ``check_made`` does.
+    """
     from omni_train.launching.local import run_ranks
 
+    if is_begun(Path(config.run_dir)):
+        check_made(recipe, stage, config, run_dir)
     if (Path(config.run_dir) / "DONE").exists():
         return 0
     for name in recipe.made_for(stage):

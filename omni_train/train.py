@@ -284,9 +284,9 @@ def train(config: RunConfig) -> None:
 
     Raises SystemExit(85) when a stop signal came: after saving, or at its end.
     """
+    stop = StopSignal()
     ranks = parallel.start(config.engine)
     trainer = Trainer(config, ranks)
-    stop = StopSignal()
     with trainer.loader:  # NOTE: a process waits for its workers at its end, which wait for work unless told
         writer = begin(trainer)
         take_steps(trainer, writer, stop)

@@ -250,14 +250,20 @@ def done_at(stage_dir: Path) -> int | None:
     """When a stage was finished, in nanoseconds, None where it was not: what was made of its export is out of date when
     that changes."""
     done = stage_dir / "DONE"
-    if not done.exists():
+    return (written_at(done) or done.stat().st_mtime_ns) if done.exists() else None
+
+
+def written_at(done: Path) -> int | None:
+    """The time that a DONE file holds; None without one."""
+    try:
+        return int(json.loads(done.read_text())["time_ns"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, an older one's, or another program's
         return None
-    return json.loads(done.read_text() or "{}").get("time_ns", done.stat().st_mtime_ns)
 
 
 def origins_of(init: dict[str, str]) -> dict[str, int | None]:
     """{export that a stage starts from: when its stage was finished}, None for folders that no stage made."""
-    return {folder: done_at(Path(folder).parent) for folder in sorted(set(init.values()))}
+    return {folder: written_at(Path(folder).parent / "DONE") for folder in sorted(set(init.values()))}
 
 
 def available(group: str = "") -> list[str]:

@@ -51,15 +51,25 @@ TIMES_AS_LONG = 4
 
 
 class Speaker:
-    """Talker, Code2Wav and the Thinker's layers that the Talker reads, of exports, whole on every rank: codes and waves
-    of replies."""
+    """Talker, Code2Wav and the Thinker's layers that the Talker reads (all of them where it ``answers`` too), of
+    exports, whole on every rank: codes and waves of replies."""
 
-    def __init__(self, config: RunConfig, talker: Path, code2wav: Path, data: DataPipeline, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        talker: Path,
+        code2wav: Path,
+        data: DataPipeline,
+        ranks: Ranks,
+        *,
+        answers: bool = False,
+    ) -> None:
         model, tokenizer = config.model, data.tokenizer
         assert model.talker is not None  # RunConfig refuses such a stage
         # One layer more than the Talker reads: what comes after the last one is normed.
         layers = min(model.text.num_hidden_layers, model.talker.accept_hidden_layer + 1)
-        model = replace(model, text=replace(model.text, num_hidden_layers=layers))
+        if not answers:
+            model = replace(model, text=replace(model.text, num_hidden_layers=layers))
         self.thinker = compose(build_thinker(thinker_config(model, tokenizer, config.stage.yarn_factor), seed=0))
         for component in THINKER_COMPONENTS:
             folder = init_of(config.init, component)

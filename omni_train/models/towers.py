@@ -58,11 +58,12 @@ def embed_chunks(tower: nn.Module, mel: Tensor, chunks: list[tuple[int, int]]) -
     """Convolution and position embedding of consecutive chunks of mel [128, F] → tokens [A, E].
 
     Where the tower's layers are recomputed this is too, in blocks: at full size a chunk is some 10 MB until its
-    backward.
+    backward. NOTE: in one block under ZeRO 3, where every call gathers weights and ranks must make equally many.
     """
     if not (tower.training and getattr(tower, "gradient_checkpointing", False)):
         return _embed_chunks(tower, mel, chunks)
-    blocks = [chunks[start : start + RECOMPUTED_CHUNKS] for start in range(0, len(chunks), RECOMPUTED_CHUNKS)]
+    size = len(chunks) if hasattr(tower.conv2d1.weight, "ds_id") else RECOMPUTED_CHUNKS
+    blocks = [chunks[start : start + size] for start in range(0, len(chunks), size)]
     parts = mel.split([sum(frames for frames, _ in block) for block in blocks], dim=1)
     embedded = [
         checkpoint(_embed_chunks, tower, part, block, use_reentrant=False)

@@ -126,8 +126,9 @@ def wave_head_of(folder: Path) -> WaveHead:
 
 
 def dtype_of(folder: Path) -> torch.dtype:
-    """The type of number of an exported Thinker."""
-    return getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+    """The type of number of an exported Thinker's weights."""
+    embeddings = WeightFolder(folder).read("model.embed_tokens.weight")
+    return torch.float32 if embeddings is None else embeddings.dtype
 
 
 def yarn_factor_of(folder: Path) -> float:

@@ -11,7 +11,9 @@ import logging
 import math
 import netrc
 import os
+import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -55,8 +57,7 @@ class MetricsWriter:
         flat = {"step": int(step)} | {key: _plain(v) for key, v in flatten(record).items() if key != "step"}
         self._file.write(json.dumps(encode_json(flat), allow_nan=False) + "\n")
         self._file.flush()
-        if self._wandb_run is not None:
-            self._wandb_run.log(flat)
+        self._mirror(lambda run: run.log(flat))
 
     def truncate_after(self, step: int) -> None:
         """Removes the lines of later steps, atomically: a killed and resumed run leaves the file of a straight run.
@@ -72,12 +73,23 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Ends the wandb run and closes the file; a second call does nothing."""
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
-            self._wandb_run = None
+        self._mirror(lambda run: run.finish())
+        self._wandb_run = None
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _mirror(self, tell: Callable[[Any], None]) -> None:
+        """Tells wandb, whose process may be gone: a signal to the whole machine ends it before the run has saved."""
+        if self._wandb_run is None:
+            return
+        try:
+            tell(self._wandb_run)
+        except Exception as error:  # wandb's, of any kind
+            self._wandb_run = None
+            print(
+                f"wandb has ended ({type(error).__name__}: {error}); {self.path} goes on", file=sys.stderr, flush=True
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

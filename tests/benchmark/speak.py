@@ -114,7 +114,7 @@ def main() -> None:
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     data = DataPipeline.of(config)
     export = options.run / stage.stage / "export"
-    speaker = Speaker(config, export, options.run / options.through / "export", data, ranks)
+    speaker = Speaker(config, export, options.run / options.through / "export", data, ranks, answers=True)
     samples = split_tasks(DataPipeline.of(questions_of), {options.task: source}, "heldout")[options.task]
     print(
         f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, {options.rounds} rounds"

@@ -104,6 +104,20 @@ def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_when_wandb_has_ended(tmp_path, capsys):
+    class Ended:
+        def log(self, row):
+            raise ConnectionResetError("gone")
+
+    writer = writer_of(tmp_path)
+    writer._wandb_run = Ended()
+    for step in (1, 2):
+        writer.log({"loss": 1.0}, step)
+    writer.close()
+    assert [row["step"] for row in read_metrics(writer.path)] == [1, 2]
+    assert capsys.readouterr().err.count("wandb has ended (ConnectionResetError: gone)") == 1
+
+
 def test_flatten_joins_with_slashes():
     assert flatten({"a": {"b": {"c": 1}, "d": 2}, "e/f": 3}) == {"a/b/c": 1, "a/d": 2, "e/f": 3}
 

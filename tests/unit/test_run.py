@@ -163,8 +163,10 @@ def test_data_is_made_before_the_stage_that_trains_on_it_and_again_when_its_make
     assert made() == ["pairs"] and commands[0][commands[0].index("--heat") :][:3] == ["--heat", "1.0", "0.5"]
     (run_dir / "talker_dpo").mkdir()
     (run_dir / "talker_dpo" / "DONE").touch()
-    os.utime(done, ns=(0, done.stat().st_mtime_ns + 1))
     assert made() == [], "a finished stage needs no data"
+    os.utime(done, ns=(0, done.stat().st_mtime_ns + 1))
+    with pytest.raises(ConfigError, match="made by talker, through, judge before one of them was trained anew"):
+        made()
 
 
 def test_a_talker_without_code2wav_is_refused_before_it_trains(tmp_path: Path) -> None:
