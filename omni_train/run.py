@@ -235,8 +235,8 @@ def check_made(recipe: Recipe, stage: RecipeStage, config: RunConfig, run_dir: P
         done = run_dir / "data" / name / "DONE"
         if done.exists() and json.loads(done.read_text())["done"] != makers:
             raise ConfigError(
-                f"'{config.run_dir}' was trained on '{done.parent}', made by {', '.join(makers)} before one of them was "
-                f"trained anew; move '{config.run_dir}' away to train it again too"
+                f"'{config.run_dir}' was trained on '{done.parent}', made by {', '.join(makers)} before one of them "
+                f"was trained anew; move '{config.run_dir}' away to train it again too"
             )
 
 
