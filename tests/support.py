@@ -645,12 +645,9 @@ def differences(a: Trajectory, b: Trajectory) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- mutations
 
 
-class _OneSegment:
+def _one_segment(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
     """Segments that are all one: what lies beside each other attends to each other."""
-
-    @staticmethod
-    def of(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
-        return Segments.of([sum(lengths)], device)
+    return Segments([sum(lengths)], device)
 
 
 @contextlib.contextmanager
@@ -676,8 +673,8 @@ def _world_factor(engine, loss: torch.Tensor) -> None:
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "world_factor": lambda: mock.patch.object(train, "backward", _world_factor),
     "local_counts": _local_counts,
-    "pack_mask": lambda: mock.patch.object(thinker, "Segments", _OneSegment),
-    "media_mask": lambda: mock.patch.object(towers, "Segments", _OneSegment),
+    "pack_mask": lambda: mock.patch.object(thinker, "Segments", _one_segment),
+    "media_mask": lambda: mock.patch.object(towers, "Segments", _one_segment),
     "labels_not_shifted": lambda: mock.patch.object(encode, "shift_labels", lambda labels: labels),
     "labels_shifted_twice": lambda: mock.patch.object(
         encode, "shift_labels", lambda labels: np.append(labels[2:], [IGNORE_INDEX] * 2)

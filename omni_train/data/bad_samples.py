@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_train.data.contracts import BadSample
-from omni_train.data.shard import DataError
+from omni_train.data.shard import DataError, SampleError
 
 FIX = "mend the sample, or remove it from the shard"
 LIST_THEM = "`omni-train data check FOLDER` lists them"
@@ -42,6 +42,15 @@ def check_budget(bad: Sequence[BadSample], allowed: float, listed_in: str) -> No
     count = f"{len(bad):,} bad sample{'s' if len(bad) > 1 else ''}, {allowed:,.0f} allowed by data.max_bad_samples"
     fix = f"{FIX} ({count}; {listed_in})"
     raise DataError.at(first.shard, first.offset, first.error, key=first.key, fix=fix)
+
+
+def bad_sample(place: tuple[str, str, int], error: ValueError) -> BadSample:
+    """The sample at ``place`` (shard, key, offset) that could not be read or encoded. Raises what is not its fault."""
+    shard, key, offset = place
+    if isinstance(error, DataError) and not isinstance(error, SampleError):
+        raise error
+    what = error.what if isinstance(error, SampleError) else str(error).split(f"/{key}: ", 1)[-1]  # after a Sample.id
+    return BadSample(shard, key, offset, what)
 
 
 class SampleCount:

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from omni_train.config import Objective, RunConfig, ShardsConfig, VisionModelConfig
-from omni_train.data.bad_samples import FIX, BadSampleLog, SampleCount
+from omni_train.data.bad_samples import FIX, BadSampleLog, SampleCount, bad_sample
 from omni_train.data.chatml import Describe, question_of
 from omni_train.data.contracts import BadSample, Document, DocumentPlan, Pack, PackPlan, Prompt
 from omni_train.data.encode import Encoder, RangeError, collate, dummy_document
@@ -102,15 +102,12 @@ class PromptBuilder:
 
     def __call__(self, plan: PackPlan) -> Prompt:
         (planned,) = plan.documents
-        shard, key, offset = place = self.reader.place(planned)
+        place = self.reader.place(planned)
         try:
             sample = self.reader.read(planned)
             document, reference = self.encoder.prompt_and_answer(sample)
         except ValueError as error:
-            if isinstance(error, DataError) and not isinstance(error, SampleError):
-                raise
-            what = error.what if isinstance(error, SampleError) else str(error).removeprefix(f"sample {sample.id}: ")
-            return dataclasses.replace(self.dummy(), place=place, bad=[BadSample(shard, key, offset, what)])
+            return dataclasses.replace(self.dummy(), place=place, bad=[bad_sample(place, error)])
         question = question_of(sample.content)
         return Prompt(document, reference, question, planned, place)
 

@@ -6,9 +6,10 @@ Every rank takes its share of the items; with expert parallelism they answer in 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from omni_train.config import THINKER_COMPONENTS, ConfigError, Control, RunConfig, ShardsConfig
+from omni_train.data.bad_samples import LIST_THEM, bad_sample, check_budget, num_allowed
 from omni_train.data.chatml import final_answer
 from omni_train.data.contracts import DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
-from omni_train.data.index import check_bad_samples
 from omni_train.data.loader import PackReader
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import parallel
@@ -32,6 +33,8 @@ from omni_train.models.build import build_thinker, thinker_config
 from omni_train.models.thinker import Thinker, compose
 from omni_train.models.weights import load_components, yarn_factor_of
 from omni_train.rollout.generate import greedy
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
 CONTROL_ITEMS = 300
@@ -88,20 +91,38 @@ def read_tasks(data: DataPipeline, patterns: dict[str, str], tasks: dict[str, st
     """Samples by task: ``tasks`` maps a task to its source, ``patterns`` a source to its shards."""
     found: dict[str, list[Sample]] = {task: [] for task in tasks}
     for source in sorted(set(tasks.values())):
-        for sample in read_all(data, source, ShardsConfig(shards=[patterns[source]])):
-            if sample.content.get("task") in found and tasks[sample.content["task"]] == source:
+        asked = {task for task, own in tasks.items() if own == source}
+        for sample in read_all(data, source, ShardsConfig(shards=[patterns[source]]), asked):
+            if sample.content.get("task") in asked:
                 found[sample.content["task"]].append(sample)
     return found
 
 
-def read_all(data: DataPipeline, source: str, settings: ShardsConfig) -> Iterator[Sample]:
-    """Every sample of a source, in order."""
+def read_all(data: DataPipeline, source: str, settings: ShardsConfig, asked: Collection[str] = ()) -> Iterator[Sample]:
+    """Every sample of a source, in order; bad ones are named and left out, as many as data.max_bad_samples allows.
+
+    Where it allows any, those of tasks ``asked`` are encoded once, so that none of them fails later. Raises DataError
+    for one too many.
+    """
     shards = data.indexed(settings)
-    check_bad_samples([index for _, index in shards], data.config.data.max_bad_samples)
+    budget = data.config.data.max_bad_samples
+    bad = [sample for _, index in shards for sample in index.bad]
+    allowed = num_allowed(budget, sum(index.num_samples + len(index.bad) for _, index in shards))
+    check_budget(bad, allowed, LIST_THEM)
     reader = PackReader({source: shards}, {source: settings})
     for number, (_, index) in enumerate(shards):
         for position in range(len(index.samples)):
-            yield reader.read(DocumentPlan(source, number, position, 0, 1))
+            plan = DocumentPlan(source, number, position, 0, 1)
+            try:
+                sample = reader.read(plan)
+                if allowed and sample.content.get("task") in asked:
+                    data.message_encoder.prompt_and_answer(sample)
+            except ValueError as error:
+                bad.append(bad_sample(reader.place(plan), error))
+                check_budget(bad, allowed, LIST_THEM)
+                logger.warning("left out, not measured: %s, sample '%s': %s", bad[-1].shard, bad[-1].key, bad[-1].error)
+                continue
+            yield sample
 
 
 def split_tasks(data: DataPipeline, tasks: dict[str, str], split: str) -> dict[str, list[Sample]]:

@@ -98,7 +98,7 @@ class Talker(nn.Module):
                 position_ids=speech.position_ids[:, None],
                 attention_mask=None,
                 use_cache=False,
-                varlen=Segments.of(lengths, embeds.device),
+                varlen=Segments(lengths, embeds.device),
             ).last_hidden_state[0]
         probabilities, counts = router_sums(tap.logits, self.config.num_experts_per_tok)
         has_label = speech.shift_labels != IGNORE_INDEX

@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
                 use_cache=False,
                 visual_pos_masks=None if is_visual is None else is_visual[None],
                 deepstack_visual_embeds=deepstack,
-                varlen=Segments.of(lengths, embeds.device),
+                varlen=Segments(lengths, embeds.device),
             ).last_hidden_state[0]
         probabilities, counts = router_sums(tap.logits, self.config.num_experts_per_tok)
         is_real = float(len(pack.sample_ids) > 0)
@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
         input_ids, position_ids, lengths, index = upto(pack, index)
         hidden, is_visual, deepstack = self.merge(input_ids, media)
         hidden = hidden[None]
-        segments = Segments.of(lengths, hidden.device)
+        segments = Segments(lengths, hidden.device)
         rotary = model.rotary_emb(hidden, position_ids[1:, None])
         for layer in range(number):
             hidden = model.layers[layer](hidden, position_embeddings=rotary, attention_mask=None, varlen=segments)

@@ -98,7 +98,7 @@ def _embed_chunks(tower: nn.Module, mel: Tensor, chunks: list[tuple[int, int]]) 
 
 def attend(tower: nn.Module, hidden: Tensor, windows: list[int]) -> Tensor:
     """The encoder's layers on tokens [A, E] that attend within consecutive windows of these lengths."""
-    segments = Segments.of(windows, hidden.device)
+    segments = Segments(windows, hidden.device)
     boundaries = F.pad(torch.tensor(windows, device=hidden.device).cumsum(0), (1, 0)).to(torch.int32)
     for layer in tower.layers:
         hidden = layer(hidden, boundaries, max_seqlen=max(windows), varlen=segments)[0]
@@ -155,7 +155,7 @@ def encode_vision(visual: nn.Module, pixel_values: Tensor, grid_thw: Tensor):
     frames = grid_thw[:, 0].tolist()
     sizes = (grid_thw[:, 1] * grid_thw[:, 2]).tolist()
     lengths = [size for size, count in zip(sizes, frames, strict=True) for _ in range(count)]
-    return visual(pixel_values, grid_thw=grid_thw, varlen=Segments.of(lengths, pixel_values.device))
+    return visual(pixel_values, grid_thw=grid_thw, varlen=Segments(lengths, pixel_values.device))
 
 
 def visual_inputs(pack: Pack) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from omni_train.data.pipeline import DataPipeline, PackBuilder
 from omni_train.data.shard import DataError
 from omni_train.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from omni_train.engine.parallel import Ranks
+from omni_train.evaluation.capabilities import read_tasks
 from omni_train.run import check_inputs
 from omni_train.train import Trainer
 
@@ -546,6 +547,25 @@ def test_a_sample_that_cannot_be_decoded_changes_no_plan_and_no_other_sample(tmp
     for ours, missing, expected in zip(found, bad, whole, strict=True):
         assert sorted([*ours, *(f"s/x-000000.tar/{key}" for key in missing)]) == expected
     assert run_all(config, 2) == run_all(config, 3) == run_all(config, 2, num_workers=1) == (found, bad, state)
+
+
+def test_a_measurement_leaves_out_what_cannot_be_decoded_and_stops_beyond_the_budget(tmp_path, config, caplog):
+    """Of two tasks in one source; what the measurement does not ask for is not decoded either."""
+    corpus = [sample for sample in decode_corpus(tmp_path, is_broken=True) if "a.flac" in sample]
+    corpus = [{"json": b'{"task": "hear", "messages"' + own.pop("json")[11:], **own} for own in corpus]
+    corpus[3]["json"] = corpus[3]["json"].replace(b"hear", b"else", 1)
+    shard = write(tmp_path, corpus)
+
+    def measured(budget: float, *tasks: str) -> list[str]:
+        config.data.max_bad_samples = budget
+        found = read_tasks(DataPipeline.of(config), {"s": "x-*.tar"}, dict.fromkeys(tasks, "s"))
+        return [sample.key for samples in found.values() for sample in samples]
+
+    assert measured(1, "hear") == [f"k{n:02d}" for n in range(12) if n not in (3, 7)]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert str(shard) in line and "'k07'" in line and "a.flac" in line
+    with pytest.raises(DataError, match=r"sample 'k07': byte [\d,]+: .*a\.flac.*2 bad samples, 1 allowed"):
+        measured(1, "hear", "else")
 
 
 def test_an_index_of_another_shard_stops_at_once_with_its_place(tmp_path, config):
