@@ -128,9 +128,10 @@ def _batches(shard: Path) -> Iterator[tuple[list[Sample], list[str]]]:
         if found.error:
             raise DataError.at(shard, found.offset, found.error, key=found.key)
         content = read_content(found.members, MESSAGES)
-        if speech_member(content) is None or content["messages"][-1]["role"] != "assistant":
+        last = content["messages"][-1]
+        if last["role"] != "assistant" or speech_member({"messages": [last]}) is None:
             raise DataError.at(shard, found.offset, "it has no reply with its clip", key=found.key)
-        said = content["messages"][-1]["content"]
+        said = last["content"]
         samples.append(Sample(found.key, str(shard), found.key, content, dict(found.members)))
         texts.append("".join(part["text"] for part in said if part["type"] == "text").strip())
         if len(samples) == BATCH_UTTERANCES:

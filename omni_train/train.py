@@ -128,7 +128,7 @@ class Trainer:
         local = [self.stage.counts(pack) for pack in packs]
         names = list(local[0])
         hashes = [
-            int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+            int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=7).digest(), "little")
             for pack in packs
             for name in pack.sample_ids
         ]

@@ -92,7 +92,7 @@ class BadSampleLog:
         self.allowed = allowed
         self._steps = [0] * len(indexed)
         self._bad = list(indexed)
-        self._seen = {(bad.shard, bad.key) for bad in indexed}
+        self._seen = {(bad.shard, bad.offset) for bad in indexed}
 
     @property
     def count(self) -> int:
@@ -120,8 +120,8 @@ class BadSampleLog:
 
     def _take(self, step: int, found: Sequence[BadSample]) -> None:
         for bad in found:
-            if (bad.shard, bad.key) not in self._seen:
-                self._seen.add((bad.shard, bad.key))
+            if (bad.shard, bad.offset) not in self._seen:
+                self._seen.add((bad.shard, bad.offset))
                 self._bad.append(bad)
                 self._steps.append(step)
 

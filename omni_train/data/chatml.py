@@ -177,6 +177,8 @@ def _reply(message: dict[str, Any], number: int, keeps_reasoning: bool) -> list[
 def _calls_text(calls: Any, number: int, is_said: bool) -> str:
     """The calls of tools, as they stand after what is said."""
     text = ""
+    if not isinstance(calls or [], list):
+        raise ValueError(f"message {number}: tool_calls must be a list")
     for n, call in enumerate(calls or []):
         function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

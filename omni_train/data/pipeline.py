@@ -82,8 +82,8 @@ class PackBuilder:
         return document
 
     def _draw(self, sample_id: str, step: int) -> int:
-        key = hashlib.blake2b(f"{self.seed}/{sample_id}/{step}".encode(), digest_size=4).digest()
-        return int.from_bytes(key, "little")
+        key = f"{self.seed}/{sample_id}/{step}".encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
 
     def _window(self, sample_id: str, step: int) -> int:
         least, most = self.audio_window_sec

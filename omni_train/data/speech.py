@@ -78,8 +78,8 @@ class SpeechEncoder:
 def audio_members(sample: Sample) -> list[str]:
     """Names of the clips of a sample in the order of its messages."""
     messages = sample.content.get("messages", [])
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    return [part["audio"] for part in parts if part.get("type") == "audio"]
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    return [part["audio"] for parts in contents for part in parts if part.get("type") == "audio"]
 
 
 def document_of(sample_id: str, waves: list[np.ndarray], num_frames: int) -> Document:

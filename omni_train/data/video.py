@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -131,31 +131,34 @@ def decode_video(data: bytes, geometry: MediaGeometry, with_sound: bool = False)
         seconds = video_seconds_per_grid(stored.num_frames, stored.fps, geometry)
         num_wanted = video_num_grids(stored.num_frames, stored.fps, geometry) * geometry.temporal_patch_size
         times = (np.arange(num_wanted) + 0.5) * seconds / geometry.temporal_patch_size
-        frames, quarter_turns, wave = _decode(container, times, stored.num_samples if with_sound else None)
-    facts = _seen(stored, quarter_turns)
-    grid = video_grid(facts.width, facts.height, facts.num_frames, facts.fps, geometry)
-    return Video(patchify_frames(frames, grid, geometry), grid, seconds, wave)
+
+        def grid_of(quarter_turns: int) -> tuple[int, int, int]:
+            facts = _seen(stored, quarter_turns)
+            return video_grid(facts.width, facts.height, facts.num_frames, facts.fps, geometry)
+
+        screen = _Screen(_video_stream(container), times, lambda turns: size_px(grid_of(turns), geometry))
+        wave = _decode(container, screen, stored.num_samples if with_sound else None)
+        frames, grid = screen.frames(), grid_of(screen.quarter_turns)
+    return Video(patches_of(frames, grid, geometry), grid, seconds, wave)
 
 
-def patchify_frames(frames: np.ndarray, grid: tuple[int, int, int], geometry: MediaGeometry) -> np.ndarray:
-    """``patches_of`` frames uint8 [t * temporal, height, width, 3] of any size, resized to the grid.
-
-    The resize is torch's antialiased bicubic on bytes, which torchvision's also is.
-    """
-    size = (grid[1] * geometry.patch_size, grid[2] * geometry.patch_size)
-    if frames.shape[1:3] != size:
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        frames = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
-    return patches_of(frames, grid, geometry)
+def size_px(grid: tuple[int, int, int], geometry: MediaGeometry) -> tuple[int, int]:
+    """(height, width) of the frames of a grid."""
+    return grid[1] * geometry.patch_size, grid[2] * geometry.patch_size
 
 
-def _decode(
-    container: av.container.InputContainer, times: np.ndarray, num_samples: int | None
-) -> tuple[np.ndarray, int, np.ndarray | None]:
-    """(``_Screen`` at ``times``, its quarter turns, ``_Sound`` of that length or None), no further than needed."""
-    stream = _video_stream(container)
-    screen, sound = _Screen(stream, times), _Sound(_sound_lead(container) if num_samples is not None else 0)
-    streams: list[av.VideoStream | av.AudioStream] = [stream]
+def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Frames uint8 [n, ., ., 3] in another size: torch's antialiased bicubic on bytes, which torchvision's also is."""
+    if frames.shape[1:3] == size:
+        return frames
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
+
+
+def _decode(container: av.container.InputContainer, screen: _Screen, num_samples: int | None) -> np.ndarray | None:
+    """Fills the screen; ``_Sound`` of that length or None. Reads no further than needed."""
+    sound = _Sound(_sound_lead(container) if num_samples is not None else 0)
+    streams: list[av.VideoStream | av.AudioStream] = [_video_stream(container)]
     if num_samples is not None:
         streams.append(container.streams.audio[0])
     what = "video"
@@ -174,27 +177,29 @@ def _decode(
             elif num_samples is None:
                 break
         what = "video"
-        frames = screen.frames()
+        screen.finish()
         what = "video's sound"
-        wave = None if num_samples is None else sound.wave(num_samples)
+        return None if num_samples is None else sound.wave(num_samples)
     except av.FFmpegError as error:
         raise ValueError(f"cannot decode the {what}: {error}") from error
-    return frames, screen.quarter_turns or 0, wave
 
 
 class _Screen:
     """The frame on screen at each of ascending ``times`` (seconds from the first), of frames added in order.
 
-    ``quarter_turns``: those of the first frame, as ``video_facts`` counts them.
+    Each is made as small as it is wanted at once: a minute of full frames would be gigabytes. ``quarter_turns``: those
+    of the first frame, as ``video_facts`` counts them; ``size_of`` them is (height, width) in pixels.
     """
 
-    def __init__(self, stream: av.VideoStream, times: np.ndarray) -> None:
+    def __init__(self, stream: av.VideoStream, times: np.ndarray, size_of: Callable[[int], tuple[int, int]]) -> None:
         self._times, self._time_base = times, stream.time_base
         self._start = (stream.start_time or 0) * stream.time_base
+        self._size_of = size_of
+        self._size_px: tuple[int, int] | None = None
         self._shown: av.VideoFrame | None = None
         self._chosen: list[np.ndarray] = []
         self._reformatter = VideoReformatter()
-        self.quarter_turns: int | None = None
+        self.quarter_turns = 0
 
     @property
     def is_full(self) -> bool:
@@ -202,28 +207,33 @@ class _Screen:
 
     def add(self, frame: av.VideoFrame) -> None:
         """Takes note that ``frame`` is shown from its time on."""
-        if self.quarter_turns is None:
+        if self._size_px is None:
             self.quarter_turns = _quarter_turns(frame)
+            self._size_px = self._size_of(self.quarter_turns)
         if frame.pts is not None:
             self._fill(float(frame.pts * self._time_base - self._start))
             self._shown = frame
 
-    def frames(self) -> np.ndarray:
-        """RGB uint8 [len(times), height, width, 3], upright; the last one stays. Raises ValueError without any."""
+    def finish(self) -> None:
+        """The last frame stays. Raises ValueError without any."""
         if self._shown is None:
             raise ValueError("the video has no frame that can be decoded")
         self._fill(math.inf)
-        return np.stack(self._chosen)
+
+    def frames(self) -> np.ndarray:
+        """RGB uint8 [len(times), height, width, 3], upright, once the last frame is there."""
+        return np.concatenate(self._chosen)
 
     def _fill(self, until: float) -> None:
         """Chooses the frame that is shown for all times before ``until``."""
-        if self._shown is None or self.is_full or self._times[len(self._chosen)] >= until:
+        if self._shown is None or self._size_px is None or self.is_full or self._times[len(self._chosen)] >= until:
             return
         # NOTE: one thread; swscale's own count is the machine's, and each frame would wait for all of them.
         pixels = self._reformatter.reformat(self._shown, format="rgb24", threads=1).to_ndarray()
         upright = np.ascontiguousarray(np.rot90(pixels, _quarter_turns(self._shown)))
+        fitted = resized(upright[None], self._size_px)
         while not self.is_full and self._times[len(self._chosen)] < until:
-            self._chosen.append(upright)
+            self._chosen.append(fitted)
 
 
 class _Sound:
@@ -281,6 +291,8 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise ValueError("the file has no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("FFmpeg does not know the video's codec, or it is encrypted; use H.264, VP9 or AV1")
     stream.thread_count = 1  # ranks and workers are the parallelism
     return stream
 

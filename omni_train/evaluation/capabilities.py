@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,8 +21,9 @@ import torch.distributed as dist
 from omni_train.config import THINKER_COMPONENTS, ConfigError, Control, RunConfig, ShardsConfig
 from omni_train.data.bad_samples import LIST_THEM, bad_sample, check_budget, num_allowed
 from omni_train.data.chatml import final_answer
-from omni_train.data.contracts import DocumentPlan, Pack, Sample
+from omni_train.data.contracts import BadSample, DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
+from omni_train.data.index import ShardIndex
 from omni_train.data.loader import PackReader
 from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import parallel
@@ -87,47 +88,67 @@ def load_frozen(config: RunConfig, folder: Path, ranks: Ranks, use_yarn: bool) -
     return module.to(ranks.device), data
 
 
-def read_tasks(data: DataPipeline, patterns: dict[str, str], tasks: dict[str, str]) -> dict[str, list[Sample]]:
-    """Samples by task: ``tasks`` maps a task to its source, ``patterns`` a source to its shards."""
-    found: dict[str, list[Sample]] = {task: [] for task in tasks}
-    for source in sorted(set(tasks.values())):
-        asked = {task for task, own in tasks.items() if own == source}
-        for sample in read_all(data, source, ShardsConfig(shards=[patterns[source]]), asked):
-            if sample.content.get("task") in asked:
-                found[sample.content["task"]].append(sample)
-    return found
+TryOut = Callable[[Sample], object]
+"""What is done with a sample. Raises ValueError for one that cannot be decoded."""
 
 
-def read_all(data: DataPipeline, source: str, settings: ShardsConfig, asked: Collection[str] = ()) -> Iterator[Sample]:
-    """Every sample of a source, in order; bad ones are named and left out, as many as data.max_bad_samples allows.
+class LeftOut:
+    """The bad samples of a source that is measured: each is named, and one more than data.max_bad_samples allows raises
+    DataError."""
 
-    Where it allows any, those of tasks ``asked`` are encoded once, so that none of them fails later. Raises DataError
-    for one too many.
+    def __init__(self, data: DataPipeline, shards: list[tuple[str, ShardIndex]]) -> None:
+        self._bad = [sample for _, index in shards for sample in index.bad]
+        num_samples = sum(index.num_samples + len(index.bad) for _, index in shards)
+        self.allowed = num_allowed(data.config.data.max_bad_samples, num_samples)
+        check_budget(self._bad, self.allowed, LIST_THEM)
+
+    def add(self, bad: BadSample) -> None:
+        """Takes note of a sample whose header is good."""
+        self._bad.append(bad)
+        check_budget(self._bad, self.allowed, LIST_THEM)
+        logger.warning("left out, not measured: %s, sample %r: %s", bad.shard, bad.key, bad.error)
+
+
+def read_all(
+    data: DataPipeline, source: str, settings: ShardsConfig, try_out: TryOut, tasks: Collection[str] | None = None
+) -> Iterator[Sample]:
+    """The samples of a source, or of some tasks in it, in order, without those that are bad (see ``LeftOut``).
+
+    Where any may be, ``try_out`` is done with each, so that none fails later.
     """
     shards = data.indexed(settings)
-    budget = data.config.data.max_bad_samples
-    bad = [sample for _, index in shards for sample in index.bad]
-    allowed = num_allowed(budget, sum(index.num_samples + len(index.bad) for _, index in shards))
-    check_budget(bad, allowed, LIST_THEM)
+    left_out = LeftOut(data, shards)
     reader = PackReader({source: shards}, {source: settings})
     for number, (_, index) in enumerate(shards):
         for position in range(len(index.samples)):
             plan = DocumentPlan(source, number, position, 0, 1)
             try:
                 sample = reader.read(plan)
-                if allowed and sample.content.get("task") in asked:
-                    data.message_encoder.prompt_and_answer(sample)
+                if tasks is not None and sample.content.get("task") not in [*tasks]:
+                    continue
+                if left_out.allowed:
+                    try_out(sample)
+            except ConfigError:  # what is asked of the sample is wrong, not the sample
+                raise
             except ValueError as error:
-                bad.append(bad_sample(reader.place(plan), error))
-                check_budget(bad, allowed, LIST_THEM)
-                logger.warning("left out, not measured: %s, sample '%s': %s", bad[-1].shard, bad[-1].key, bad[-1].error)
+                left_out.add(bad_sample(reader.place(plan), error))
                 continue
             yield sample
 
 
-def split_tasks(data: DataPipeline, tasks: dict[str, str], split: str) -> dict[str, list[Sample]]:
-    """Samples of ``tasks`` ({task: source}) in a split. Raises ConfigError for a task without any."""
-    found = read_tasks(data, {source: f"{split}/{source}/*.tar" for source in tasks.values()}, tasks)
+def split_tasks(
+    data: DataPipeline, tasks: dict[str, str], split: str, try_out: TryOut | None = None
+) -> dict[str, list[Sample]]:
+    """Samples of ``tasks`` ({task: source}) in a split; ``try_out`` (see ``read_all``) else encodes the prompt.
+
+    Raises ConfigError for a task without any.
+    """
+    found: dict[str, list[Sample]] = {task: [] for task in tasks}
+    for source in sorted(set(tasks.values())):
+        own = [task for task in tasks if tasks[task] == source]
+        shards = ShardsConfig(shards=[f"{split}/{source}/*.tar"])
+        for sample in read_all(data, source, shards, try_out or data.message_encoder.prompt_and_answer, own):
+            found[sample.content["task"]].append(sample)
     for task, samples in found.items():
         if not samples:
             raise ConfigError(f"no sample of task '{task}' in {split}/{tasks[task]}; see the corpus's card.yaml")

@@ -102,7 +102,7 @@ def without_motion(document: Document, control: Control, geometry: MediaGeometry
     """The document with the frames of its videos frozen or shuffled; any other control leaves it as it is."""
     if control not in (Control.frames_frozen, Control.frames_shuffled):
         return document
-    rng = np.random.default_rng(zlib.crc32(document.sample_id.encode()))
+    rng = np.random.default_rng(zlib.crc32(document.sample_id.encode("utf-8", "surrogateescape")))
     still = []
     for patches, (t, h, w) in zip(document.video_patches, document.video_grids, strict=True):
         times = geometry.temporal_patch_size

@@ -24,7 +24,7 @@ from omni_train.data.pipeline import DataPipeline
 from omni_train.engine import parallel
 from omni_train.engine.deepspeed import build_engine
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.capabilities import gather, load_frozen, split_tasks
+from omni_train.evaluation.capabilities import LeftOut, gather, load_frozen, split_tasks
 from omni_train.evaluation.heldout import heldout_losses
 from omni_train.models.thinker import Thinker
 from omni_train.models.weights import load_thinker
@@ -90,9 +90,12 @@ def divergences(
         row = []
         for student in students:
             score = partial(forward, student, said, iter([*said]))
-            losses, _ = heldout_losses(score, plans, data.validation_builder(source, shards), data.dummy, ranks)
+            losses, bad = heldout_losses(score, plans, data.validation_builder(source, shards), data.dummy, ranks)
             row.append(float(np.mean(list(losses.values()))))
         found.append(row)
+        left_out = LeftOut(data, data.indexed(shards))
+        for one in (one for own in parallel.lists_of_ranks(bad) for one in own):
+            left_out.add(one)
     return [float(value) for value in np.mean(found, axis=0)]
 
 

@@ -26,10 +26,11 @@ from omni_train.data.talker_sequence import CODES, read_codes, reply_tokens
 from omni_train.data.tokenizer import IM_END
 from omni_train.engine.deepspeed import in_precision
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.capabilities import gather, split_tasks
+from omni_train.evaluation.capabilities import TryOut, gather, split_tasks
 from omni_train.evaluation.speech import (
     Recogniser,
     SpeechFigures,
+    clip_of,
     clips_of,
     listener_of,
     swapped,
@@ -177,8 +178,8 @@ def talker_figures(
     listener = listener_of(data, run_dir, ranks)
     for task, source in tasks.items():
         found = SpeechFigures(task, {}, {}, [])
-        unseen = split_tasks(data, {task: source}, split)[task]
-        seen = split_tasks(data, {task: source}, "train")[task][: len(unseen)]
+        unseen = split_tasks(data, {task: source}, split, prompt_and_clip(data))[task]
+        seen = split_tasks(data, {task: source}, "train", prompt_and_clip(data))[task][: len(unseen)]
         for name, samples in ((f"{task}_seen_words", seen), (f"{task}_unseen_words", unseen)):
             heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world]))
             found.pairs = [(listener.snap(reply.text), reply.said) for reply in heard]
@@ -213,7 +214,7 @@ def preference_figures(
         raise ConfigError(f"{config.stage.name} is measured against its start; add +init.talker=ITS_EXPORT")
     speakers = [Speaker(config, Path(talker), through, data, ranks) for talker in (start, folder)]
     listener = listener_of(data, run_dir, ranks)
-    for task, samples in split_tasks(data, tasks, split).items():
+    for task, samples in split_tasks(data, tasks, split, prompt_and_clip(data)).items():
         mine = samples[ranks.rank :: ranks.world]
         errors, pairs = [], []
         for speaker in speakers:
@@ -240,6 +241,11 @@ def medians(heard: list[Heard]) -> tuple[float, float]:
     voiced = ([hz for hz in each if hz == hz] for each in (made, own))
     made_hz, own_hz = (float(np.median(each)) if each else float("nan") for each in voiced)
     return made_hz, own_hz
+
+
+def prompt_and_clip(data: DataPipeline) -> TryOut:
+    """Decodes what a reply is made from and what it is compared with."""
+    return lambda sample: (data.message_encoder.prompt_and_answer(sample), clip_of(sample))
 
 
 def hear_replies(

@@ -172,26 +172,28 @@ def swapped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(heard, other) for (heard, _), (_, other) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
 
 
+def clip_of(sample: Sample) -> Clip:
+    """The speech of a sample and the text of its reply. Raises ConfigError for text that is no plain English."""
+    reply = sample.content["messages"][-1]["content"]
+    text = reply if isinstance(reply, str) else "".join(p["text"] for p in reply if p["type"] == "text")
+    text = text.strip().lower()
+    if strange := set(text) - set(CHARACTERS):
+        raise ConfigError(
+            f"sample {sample.id} says {text!r}: the recogniser that measures speech knows a–z, space and ' alone, "
+            f"not {''.join(sorted(strange))!r}; measure tasks of plain words"
+        )
+    member = speech_member(sample.content)
+    if member is None:
+        raise ConfigError(f"sample {sample.id} has no clip to compare with; measure tasks of speech")
+    try:
+        return Clip(decode_audio(sample.members[member], CODEC_SAMPLE_RATE_HZ), text)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id}: member {member!r}: {error}") from error
+
+
 def clips_of(samples: Sequence[Sample]) -> list[Clip]:
-    """The speech of each sample and the text of its reply. Raises ConfigError for text that is no plain English."""
-    clips = []
-    for sample in samples:
-        reply = sample.content["messages"][-1]["content"]
-        text = reply if isinstance(reply, str) else "".join(p["text"] for p in reply if p["type"] == "text")
-        text = text.strip().lower()
-        if strange := set(text) - set(CHARACTERS):
-            raise ConfigError(
-                f"sample {sample.id} says {text!r}: the recogniser that measures speech knows a–z, space and ' alone, "
-                f"not {''.join(sorted(strange))!r}; measure tasks of plain words"
-            )
-        member = speech_member(sample.content)
-        if member is None:
-            raise ConfigError(f"sample {sample.id} has no clip to compare with; measure tasks of speech")
-        try:
-            clips.append(Clip(decode_audio(sample.members[member], CODEC_SAMPLE_RATE_HZ), text))
-        except ValueError as error:
-            raise ValueError(f"sample {sample.id}: member {member!r}: {error}") from error
-    return clips
+    """``clip_of`` each sample."""
+    return [clip_of(sample) for sample in samples]
 
 
 def listener_of(data: DataPipeline, run_dir: Path | None, ranks: Ranks) -> Recogniser:
@@ -202,7 +204,8 @@ def listener_of(data: DataPipeline, run_dir: Path | None, ranks: Ranks) -> Recog
         listener = Recogniser(state["lexicon"]).eval()
         listener.load_state_dict(state["weights"])
         return listener
-    samples = [sample for name, source in data.config.mixture.items() for sample in read_all(data, name, source)]
+    sources = data.config.mixture.items()
+    samples = [sample for name, source in sources for sample in read_all(data, name, source, clip_of)]
     listener = train_recogniser(clips_of(samples), ranks, seed=0)
     if path and ranks.is_main:
         torch.save({"lexicon": listener.lexicon, "weights": listener.state_dict()}, path.with_suffix(".tmp"))
@@ -230,7 +233,7 @@ def speech_figures(
     data, reconstruct = DataPipeline.of(config), load_reconstruction(config, folder)
     level = "mel" if config.stage.objective is Objective.codec else "wave"
     listener = listener_of(data, run_dir, ranks)
-    for task, samples in split_tasks(data, tasks, split).items():
+    for task, samples in split_tasks(data, tasks, split, clip_of).items():
         mine = clips_of(samples[ranks.rank :: ranks.world])
         found: list[tuple] = []
         for start in range(0, len(mine), BATCH_CLIPS):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_train.data.contracts import IGNORE_INDEX, Pack
@@ -106,8 +107,7 @@ class EncoderDecoder(nn.Module):
     @staticmethod
     def _per_document(pack: Pack, values: Tensor) -> list[int]:
         """Sums of per-token values over each document."""
-        bounds = pack.cu_seqlens.tolist()
-        return [int(values[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return F.pad(values.cumsum(0), (1, 0))[pack.cu_seqlens.long()].diff().tolist()
 
     def decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
         """Decoder states [D, L, E] of token ids [D, L], right-padded."""

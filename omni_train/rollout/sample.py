@@ -50,7 +50,8 @@ class Sampler(Protocol):
 
 def uniforms(key: str, count: int) -> np.ndarray:
     """``count`` random numbers in [0, 1), float64, that hang on ``key`` alone."""
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    seed = int.from_bytes(digest, "little")
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 

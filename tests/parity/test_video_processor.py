@@ -18,9 +18,10 @@ from support import tokenizer_folder
 from torchvision_for_tests import import_torchvision
 
 from omni_train.data.contracts import Document
+from omni_train.data.image import patches_of
 from omni_train.data.media_tokens import MediaGeometry, audio_num_tokens, video_grid
 from omni_train.data.tokenizer import load_tokenizer
-from omni_train.data.video import decode_video, patchify_frames
+from omni_train.data.video import decode_video, resized, size_px
 from omni_train.engine.export import write_processor
 
 TOLERANCE = 1e-4
@@ -146,7 +147,7 @@ def test_patches_of_the_published_sizes(height, width, num_frames):
     grid = (num_grids, *video_grid(width, height, 2 * num_grids, 2.0, geometry)[1:])
     assert stock["video_grid_thw"].tolist() == [list(grid)]
     even = frames[np.minimum(np.arange(2 * num_grids), num_frames - 1)]
-    ours = patchify_frames(even, grid, geometry)
+    ours = patches_of(resized(even, size_px(grid, geometry)), grid, geometry)
     np.testing.assert_allclose(ours, stock["pixel_values_videos"], rtol=0, atol=TOLERANCE)
 
 

@@ -36,7 +36,8 @@ from omni_train.data.pipeline import DataPipeline, PackBuilder
 from omni_train.data.shard import DataError
 from omni_train.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from omni_train.engine.parallel import Ranks
-from omni_train.evaluation.capabilities import read_tasks
+from omni_train.evaluation.capabilities import read_all, split_tasks
+from omni_train.evaluation.speech import clip_of
 from omni_train.run import check_inputs
 from omni_train.train import Trainer
 
@@ -193,7 +194,22 @@ def grid(height: int, width: int) -> Right:
 
 
 ALL_WHITE = Right(lambda pack: len(pack.pixel_values) > 0 and bool((pack.pixel_values > 0.98).all()))
-SEEN = Right(lambda pack: len(pack.video_grid_thw) == 1 and bool((pack.shift_labels != -100).any()))
+
+
+def seen(*greys: float, heard: int = 0) -> Right:
+    """A film of ``clips.grey`` frames (20 + 10 n): the mean of each grid's two frames, and with ``heard`` mel frames of
+    sound, the first of which are no silence."""
+
+    def check(pack: Pack) -> bool:
+        ((grids, *_),) = pack.video_grid_thw.tolist()
+        found = (pack.pixel_values_videos.reshape(grids, -1).mean(-1) + 1) * 127.5
+        is_heard = pack.mel.shape[1] == heard and (not heard or float(pack.mel[:, :10].max()) > 0)
+        is_seen = found.tolist() == pytest.approx(list(greys), abs=2)
+        return is_seen and is_heard and bool((pack.shift_labels != -100).any())
+
+    return Right(check)
+
+
 NO_LABEL = Right(lambda pack: pack.num_tokens > 1 and bool((pack.shift_labels == -100).all()))
 READ = Right(lambda pack: bool((pack.shift_labels != -100).any()))
 
@@ -266,16 +282,25 @@ CASES: dict[str, tuple[Any, Refused | Right]] = {
     ),
     "picture of 0 bytes": (chat("image", "i.png", b""), Refused("picture is empty")),
     # videos
-    "variable frame rate": (chat("video", "v.mp4", video([0.0, 1.5, 1.6, 1.7], seconds=2.0)), SEEN),
-    "a single frame": (chat("video", "v.mp4", video([0.0], seconds=0.04)), SEEN),
+    "variable frame rate": (
+        chat("video", "v.mp4", video([0.0, 1.5, 1.6, 1.7], seconds=2.0)),
+        seen(20, 20),  # the first stays for 1.5 of 1.7 s
+    ),
+    "a single frame": (chat("video", "v.mp4", video([0.0], seconds=0.04)), seen(20)),
     "no frame": (chat("video", "v.mp4", no_frames()), Refused("member 'v.mp4': ")),
-    "sound longer than the pictures": (chat("video", "v.mp4", video(TEN_HZ, 64_000), **LISTENED), SEEN),
-    "sound shorter than the pictures": (chat("video", "v.mp4", video(TEN_HZ, 4_000), **LISTENED), SEEN),
+    "sound longer than the pictures": (
+        chat("video", "v.mp4", video(TEN_HZ, 64_000), **LISTENED),
+        seen(45, 95, 150, 200, heard=400),
+    ),
+    "sound shorter than the pictures": (
+        chat("video", "v.mp4", video(TEN_HZ, 4_000), **LISTENED),
+        seen(45, 95, 150, 200, heard=25),
+    ),
     "silent, heard": (
         chat("video", "v.mp4", video(TEN_HZ), **LISTENED),
         Refused("the video has no sound, but its part says use_audio_in_video"),
     ),
-    "silent, not heard": (chat("video", "v.mp4", video(TEN_HZ)), SEEN),
+    "silent, not heard": (chat("video", "v.mp4", video(TEN_HZ)), seen(45, 95, 150, 200)),
     "sound without pictures": (chat("video", "v.mp4", sound_only()), Refused("the file has no video stream")),
     "phone held upright": (
         chat("video", "v.mp4", on_its_side(video(TEN_HZ, size=(64, 32)))),
@@ -289,6 +314,10 @@ CASES: dict[str, tuple[Any, Refused | Right]] = {
     "mp4 with a broken body": (
         lambda folder: chat("video", "v.mp4", garbled(header_first(video(TEN_HZ), folder), 0.7, 0.95)),
         Refused("member 'v.mp4': cannot decode the video", "decode"),
+    ),
+    "encrypted video": (
+        chat("video", "v.mp4", video(TEN_HZ).replace(b"mp4v", b"encv").replace(b"esds", b"free")),
+        Refused("FFmpeg does not know the video's codec, or it is encrypted"),
     ),
     "playlist called mp4": (
         chat("video", "v.mp4", b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n"),
@@ -314,6 +343,10 @@ CASES: dict[str, tuple[Any, Refused | Right]] = {
         turns({"role": "user", "content": [{"type": "image", "image": "i.png"}]}),
         Refused("message 0 names image member 'i.png', which is missing; the sample has json"),
     ),
+    "tool calls are a word": (
+        turns({"role": "assistant", "content": "a", "tool_calls": True}),
+        Refused("message 0: tool_calls must be a list"),
+    ),
     "a flag that is a word": (
         chat("video", "v.mp4", b"", use_audio_in_video="false"),
         Refused("use_audio_in_video 'false'; it must be true or false"),
@@ -325,6 +358,10 @@ CASES: dict[str, tuple[Any, Refused | Right]] = {
         Refused("two members with extension 'json'"),
     ),
     "key with a dot": ([("v1.2.json", b'{"text": "a"}')], Refused("no json member; it has 2.json")),
+    "key that is no UTF-8": (
+        [(f"caf\udce9.{name}", data) for name, data in chat("audio", "a.wav", sound(16_000)).items()],
+        frames(100),
+    ),
     "key in folders with dots": ([("part.0/sub.1/k.json", b'{"text": "a cat"}')], READ),
 }
 
@@ -554,11 +591,12 @@ def test_a_measurement_leaves_out_what_cannot_be_decoded_and_stops_beyond_the_bu
     corpus = [sample for sample in decode_corpus(tmp_path, is_broken=True) if "a.flac" in sample]
     corpus = [{"json": b'{"task": "hear", "messages"' + own.pop("json")[11:], **own} for own in corpus]
     corpus[3]["json"] = corpus[3]["json"].replace(b"hear", b"else", 1)
-    shard = write(tmp_path, corpus)
+    (tmp_path / "heldout" / "s").mkdir(parents=True)
+    shard = write(tmp_path / "heldout" / "s", corpus)
 
     def measured(budget: float, *tasks: str) -> list[str]:
         config.data.max_bad_samples = budget
-        found = read_tasks(DataPipeline.of(config), {"s": "x-*.tar"}, dict.fromkeys(tasks, "s"))
+        found = split_tasks(DataPipeline.of(config), dict.fromkeys(tasks, "s"), "heldout")
         return [sample.key for samples in found.values() for sample in samples]
 
     assert measured(1, "hear") == [f"k{n:02d}" for n in range(12) if n not in (3, 7)]
@@ -566,6 +604,27 @@ def test_a_measurement_leaves_out_what_cannot_be_decoded_and_stops_beyond_the_bu
     assert str(shard) in line and "'k07'" in line and "a.flac" in line
     with pytest.raises(DataError, match=r"sample 'k07': byte [\d,]+: .*a\.flac.*2 bad samples, 1 allowed"):
         measured(1, "hear", "else")
+
+
+def test_a_measurement_of_speech_keeps_to_the_budget_too(tmp_path, config):
+    """A codec's stage, whose samples are clips: the task's own, and those that the recogniser learns from."""
+    (tmp_path / "heldout" / "s").mkdir(parents=True)
+    corpus = [sample for sample in decode_corpus(tmp_path, is_broken=True) if "a.flac" in sample]
+    for own in corpus:
+        own["json"] = b'{"task": "talker", "messages"' + own["json"][11:]
+    write(tmp_path / "heldout" / "s", corpus)
+    found = load("codec", ["engine=cpu1", f"data.root={tmp_path}", "data.max_bad_samples=2"])
+    found.data.tokenizer, found.mixture = (
+        config.data.tokenizer,
+        {"s": SourceConfig(shards=["heldout/s/*.tar"], weight=1.0)},
+    )
+    data, tasks = DataPipeline.of(found), {"talker": "s"}
+    expected = [f"k{n:02d}" for n in range(12) if n not in (3, 7)]
+    assert [sample.key for sample in split_tasks(data, tasks, "heldout", clip_of)["talker"]] == expected
+    assert [sample.key for sample in read_all(data, "s", found.mixture["s"], clip_of)] == expected
+    found.data.max_bad_samples = 1
+    with pytest.raises(DataError, match="sample 'k07': byte .*2 bad samples, 1 allowed"):
+        split_tasks(data, tasks, "heldout", clip_of)
 
 
 def test_an_index_of_another_shard_stops_at_once_with_its_place(tmp_path, config):
@@ -597,6 +656,13 @@ def test_the_log_counts_a_sample_once_and_is_free_of_the_order_of_ranks(tmp_path
     ):
         log.add(10, BAD[3:], is_writer=True)
     assert '"d"' in log.path.read_text(), "the one too many is written down too"
+
+
+def test_two_samples_of_one_key_are_two(tmp_path):
+    """The second has a key that is already in the shard; the first cannot be decoded."""
+    log = BadSampleLog(tmp_path / "bad_samples.jsonl", [BadSample("s.tar", "k", 1024, "twice")], 1)
+    with pytest.raises(DataError, match="s.tar: sample 'k': byte 0: broken.*2 bad samples, 1 allowed"):
+        log.add(3, [BadSample("s.tar", "k", 0, "broken")], is_writer=True)
 
 
 def test_a_resumed_log_is_the_straight_one(tmp_path):

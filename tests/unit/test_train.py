@@ -237,6 +237,8 @@ def digests(ranks: Ranks, folder: str):
     trainer = make_trainer(config, ranks, 4 // ranks.world)
     packs = packs_of_rank(dataclasses.replace(case, world=ranks.world), config, ids, 0, ranks.rank)
     other = packs_of_rank(dataclasses.replace(case, world=ranks.world), config, ids, 1, ranks.rank)
+    for pack in (*packs, *other):
+        pack.sample_ids = [f"{name}/caf\udce9" for name in pack.sample_ids]  # as of a key that is Latin-1
     return [trainer._agree(part)[1] for part in (packs, packs[::-1], other)]
 
 

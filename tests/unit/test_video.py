@@ -17,14 +17,16 @@ import yaml
 from clips import grey, on_its_side, steady_video, video
 
 from omni_train.config import load
+from omni_train.data import video as module
 from omni_train.data.chatml import Describe
 from omni_train.data.contracts import Sample, SampleFacts
 from omni_train.data.encode import Encoder
+from omni_train.data.image import patches_of
 from omni_train.data.media_tokens import MediaGeometry, video_grid
 from omni_train.data.pipeline import media_geometry
 from omni_train.data.positions import video_token_times
 from omni_train.data.tokenizer import load_tokenizer, train_tokenizer
-from omni_train.data.video import decode_video, patchify_frames, video_facts
+from omni_train.data.video import decode_video, resized, size_px, video_facts
 
 GEOMETRY = MediaGeometry(patch_size=8, video_min_pixels=1_024, video_max_pixels=4_096, video_fps=4.0)
 
@@ -42,6 +44,14 @@ def test_the_header_gives_size_frames_rate_and_sound():
     assert facts.has_audio and facts.sample_rate_hz == 16_000
     assert facts.num_samples == pytest.approx(32_000, abs=2_100)
     assert not video_facts("v", video([0, 0.1])).has_audio
+
+
+def test_frames_are_made_small_one_by_one(monkeypatch):
+    """Minutes of frames as stored would be gigabytes; one that stays on screen is taken once."""
+    taken = []
+    monkeypatch.setattr(module, "resized", lambda frames, size: taken.append(frames.shape) or resized(frames, size))
+    found = decode_video(video([0.0, 0.1, 1.5, 1.6], size=(320, 240)), GEOMETRY)
+    assert taken and len(taken) < 2 * found.grid[0] and set(taken) == {(1, 240, 320, 3)}
 
 
 def test_a_video_of_a_phone_held_upright_is_seen_upright():
@@ -88,7 +98,7 @@ def test_the_grid_of_the_facts_is_that_of_the_data(seconds, fps):
 def test_patches_of_frames_by_a_plain_loop():
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
-    rows = patchify_frames(frames, (2, 4, 6), GEOMETRY)
+    rows = patches_of(resized(frames, size_px((2, 4, 6), GEOMETRY)), (2, 4, 6), GEOMETRY)
     number = 0
     for t in range(2):
         for block_y in range(2):
