@@ -17,6 +17,7 @@ from math import floor
 from pathlib import Path
 from typing import Any
 
+from omni_train.config import ConfigError
 from omni_train.data.contracts import BadSample
 from omni_train.data.shard import DataError, SampleError
 
@@ -47,7 +48,7 @@ def check_budget(bad: Sequence[BadSample], allowed: float, listed_in: str) -> No
 def bad_sample(place: tuple[str, str, int], error: ValueError) -> BadSample:
     """The sample at ``place`` (shard, key, offset) that could not be read or encoded. Raises what is not its fault."""
     shard, key, offset = place
-    if isinstance(error, DataError) and not isinstance(error, SampleError):
+    if isinstance(error, (ConfigError, DataError)) and not isinstance(error, SampleError):
         raise error
     what = error.what if isinstance(error, SampleError) else str(error).split(f"/{key}: ", 1)[-1]  # after a Sample.id
     return BadSample(shard, key, offset, what)

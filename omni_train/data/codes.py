@@ -70,7 +70,7 @@ def speech_member(content: dict[str, Any]) -> str | None:
     """
     clips: dict[str, list[str]] = {"assistant": [], "user": []}
     for message in content.get("messages", []):
-        for part in message["content"] if isinstance(message["content"], list) else []:
+        for part in message["content"] if isinstance(message.get("content"), list) else []:
             if part["type"] == "audio":
                 clips.setdefault(message["role"], []).append(part["audio"])
     if clips["assistant"]:

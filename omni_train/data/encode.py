@@ -121,7 +121,7 @@ class Encoder:
             replies = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
             if not replies:
                 raise ValueError("it has no assistant message to compare with")
-            reply = messages[replies[-1]]["content"]
+            reply = messages[replies[-1]].get("content")
             if not isinstance(reply, str):
                 reply = "".join(part["text"] for part in reply or [] if part["type"] == "text")
             content = {**sample.content, "messages": messages[: replies[-1]]}

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from omni_train.config import THINKER_COMPONENTS, ConfigError, Control, RunConfig, ShardsConfig
-from omni_train.data.bad_samples import LIST_THEM, bad_sample, check_budget, num_allowed
+from omni_train.data.bad_samples import LIST_THEM, bad_sample, check_budget, is_share
 from omni_train.data.chatml import final_answer
 from omni_train.data.contracts import BadSample, DocumentPlan, Pack, Sample
 from omni_train.data.encode import Encoder, collate
@@ -94,19 +94,20 @@ TryOut = Callable[[Sample], object]
 
 class LeftOut:
     """The bad samples of a source that is measured: each is named, and one more than data.max_bad_samples allows raises
-    DataError."""
+    DataError. A share is one of this source, rounded up."""
 
     def __init__(self, data: DataPipeline, shards: list[tuple[str, ShardIndex]]) -> None:
         self._bad = [sample for _, index in shards for sample in index.bad]
         num_samples = sum(index.num_samples + len(index.bad) for _, index in shards)
-        self.allowed = num_allowed(data.config.data.max_bad_samples, num_samples)
+        allowed = data.config.data.max_bad_samples
+        self.allowed = math.ceil(allowed * num_samples) if is_share(allowed) else allowed
         check_budget(self._bad, self.allowed, LIST_THEM)
 
     def add(self, bad: BadSample) -> None:
         """Takes note of a sample whose header is good."""
         self._bad.append(bad)
-        check_budget(self._bad, self.allowed, LIST_THEM)
         logger.warning("left out, not measured: %s, sample %r: %s", bad.shard, bad.key, bad.error)
+        check_budget(self._bad, self.allowed, "the others are listed above")
 
 
 def read_all(
@@ -114,7 +115,8 @@ def read_all(
 ) -> Iterator[Sample]:
     """The samples of a source, or of some tasks in it, in order, without those that are bad (see ``LeftOut``).
 
-    Where any may be, ``try_out`` is done with each, so that none fails later.
+    Where any may be, ``try_out`` is done with each, so that none fails later. NOTE: on every rank, which costs what
+    decoding them all does.
     """
     shards = data.indexed(settings)
     left_out = LeftOut(data, shards)
@@ -128,8 +130,6 @@ def read_all(
                     continue
                 if left_out.allowed:
                     try_out(sample)
-            except ConfigError:  # what is asked of the sample is wrong, not the sample
-                raise
             except ValueError as error:
                 left_out.add(bad_sample(reader.place(plan), error))
                 continue
@@ -137,9 +137,11 @@ def read_all(
 
 
 def split_tasks(
-    data: DataPipeline, tasks: dict[str, str], split: str, try_out: TryOut | None = None
+    data: DataPipeline, tasks: dict[str, str], split: str, try_out: TryOut | None = None, most: int | None = None
 ) -> dict[str, list[Sample]]:
-    """Samples of ``tasks`` ({task: source}) in a split; ``try_out`` (see ``read_all``) else encodes the prompt.
+    """Samples of ``tasks`` ({task: source}) in a split, of each source at ``most`` so many.
+
+    ``try_out`` (see ``read_all``): encode the prompt, if not given.
 
     Raises ConfigError for a task without any.
     """
@@ -147,7 +149,8 @@ def split_tasks(
     for source in sorted(set(tasks.values())):
         own = [task for task in tasks if tasks[task] == source]
         shards = ShardsConfig(shards=[f"{split}/{source}/*.tar"])
-        for sample in read_all(data, source, shards, try_out or data.message_encoder.prompt_and_answer, own):
+        found_here = read_all(data, source, shards, try_out or data.message_encoder.prompt_and_answer, own)
+        for sample in itertools.islice(found_here, most):
             found[sample.content["task"]].append(sample)
     for task, samples in found.items():
         if not samples:

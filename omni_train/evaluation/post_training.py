@@ -8,6 +8,7 @@ Figures are named after the stage without its ``thinker_``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -87,14 +88,16 @@ def divergences(
         shards = ShardsConfig(shards=[f"{split}/{source}/*.tar"])
         plans = data.validation_packs(source, shards, TOKENS_A_SOURCE)
         said: list[TeacherStates] = []  # of this rank's packs, which every student meets in the same order
-        row = []
+        row, left_out = [], LeftOut(data, data.indexed(shards))
         for student in students:
             score = partial(forward, student, said, iter([*said]))
             losses, bad = heldout_losses(score, plans, data.validation_builder(source, shards), data.dummy, ranks)
+            if not losses:
+                raise ConfigError(f"no sample in {split}/{source} can be read, or has a label")
             row.append(float(np.mean(list(losses.values()))))
         found.append(row)
-        left_out = LeftOut(data, data.indexed(shards))
-        for one in (one for own in parallel.lists_of_ranks(bad) for one in own):
+        everywhere = itertools.chain.from_iterable(parallel.lists_of_ranks(bad))
+        for one in sorted(everywhere, key=lambda one: (one.shard, one.offset)):
             left_out.add(one)
     return [float(value) for value in np.mean(found, axis=0)]
 

@@ -179,7 +179,7 @@ def talker_figures(
     for task, source in tasks.items():
         found = SpeechFigures(task, {}, {}, [])
         unseen = split_tasks(data, {task: source}, split, prompt_and_clip(data))[task]
-        seen = split_tasks(data, {task: source}, "train", prompt_and_clip(data))[task][: len(unseen)]
+        seen = split_tasks(data, {task: source}, "train", prompt_and_clip(data), most=len(unseen))[task]
         for name, samples in ((f"{task}_seen_words", seen), (f"{task}_unseen_words", unseen)):
             heard = gather(hear_replies(speaker, listener, samples[ranks.rank :: ranks.world]))
             found.pairs = [(listener.snap(reply.text), reply.said) for reply in heard]
@@ -245,7 +245,14 @@ def medians(heard: list[Heard]) -> tuple[float, float]:
 
 def prompt_and_clip(data: DataPipeline) -> TryOut:
     """Decodes what a reply is made from and what it is compared with."""
-    return lambda sample: (data.message_encoder.prompt_and_answer(sample), clip_of(sample))
+
+    def decode(sample: Sample) -> None:
+        if CODES not in sample.members or "speaker" not in sample.content:
+            raise ValueError(f"it has no {CODES} or names no speaker")
+        data.message_encoder.prompt_and_answer(sample)
+        clip_of(sample)
+
+    return decode
 
 
 def hear_replies(

@@ -174,7 +174,7 @@ def swapped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def clip_of(sample: Sample) -> Clip:
     """The speech of a sample and the text of its reply. Raises ConfigError for text that is no plain English."""
-    reply = sample.content["messages"][-1]["content"]
+    reply = sample.content["messages"][-1].get("content") or ""
     text = reply if isinstance(reply, str) else "".join(p["text"] for p in reply if p["type"] == "text")
     text = text.strip().lower()
     if strange := set(text) - set(CHARACTERS):

@@ -35,7 +35,7 @@ class Bucket:
 class Segments:
     """How T tokens fall into consecutive segments, none of them empty. Built once for all layers, as first asked for.
 
-    NOTE: all of it on the host, then moved: a layer that reads from the device waits for it.
+    NOTE: all of it on the host, then moved: reading from the device would wait for it, and each layer again.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -72,8 +72,8 @@ class Segments:
 
 
 def has_flash(q: Tensor) -> bool:
-    """Whether PyTorch's flash attention takes queries like these."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """Whether PyTorch's flash attention takes queries like these: its heads have multiples of 8 numbers, to 256."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float) -> Tensor:

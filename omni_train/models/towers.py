@@ -99,9 +99,8 @@ def _embed_chunks(tower: nn.Module, mel: Tensor, chunks: list[tuple[int, int]]) 
 def attend(tower: nn.Module, hidden: Tensor, windows: list[int]) -> Tensor:
     """The encoder's layers on tokens [A, E] that attend within consecutive windows of these lengths."""
     segments = Segments(windows, hidden.device)
-    boundaries = F.pad(torch.tensor(windows, device=hidden.device).cumsum(0), (1, 0)).to(torch.int32)
     for layer in tower.layers:
-        hidden = layer(hidden, boundaries, max_seqlen=max(windows), varlen=segments)[0]
+        hidden = layer(hidden, segments.boundaries, max_seqlen=segments.longest, varlen=segments)[0]
     return tower.ln_post(hidden)
 
 

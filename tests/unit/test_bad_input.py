@@ -343,6 +343,10 @@ CASES: dict[str, tuple[Any, Refused | Right]] = {
         turns({"role": "user", "content": [{"type": "image", "image": "i.png"}]}),
         Refused("message 0 names image member 'i.png', which is missing; the sample has json"),
     ),
+    "tool calls without content": (
+        turns({"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [{"name": "a", "arguments": {}}]}),
+        READ,
+    ),
     "tool calls are a word": (
         turns({"role": "assistant", "content": "a", "tool_calls": True}),
         Refused("message 0: tool_calls must be a list"),

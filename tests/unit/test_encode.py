@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from omni_train.data.chatml import Describe
+from omni_train.data.codes import speech_member
 from omni_train.data.contracts import MODALITIES, Sample, SampleFacts
 from omni_train.data.encode import Encoder, collate, dummy_pack
 from omni_train.data.media_tokens import MediaGeometry
@@ -136,6 +137,13 @@ def test_errors_name_the_sample(encoder):
         encoder.encode(mixed(), 1)
     with pytest.raises(ValueError, match="no assistant message"):
         encoder.prompt_and_answer(TEXT)
+
+
+def test_a_reply_that_only_calls_a_tool_has_no_text_to_compare_with(encoder):
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [{"name": "a", "arguments": {}}]}]
+    prompt, answer = encoder.prompt_and_answer(Sample("s", "s.tar", "0", {"messages": messages}, {}))
+    assert answer == "" and prompt.num_tokens > 0
+    assert speech_member({"messages": messages}) is None
 
 
 def test_prompt_is_the_start_of_the_training_document(encoder):

@@ -43,7 +43,9 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(speaking.DataPipeline, "of", lambda config: None)
     monkeypatch.setattr(parallel, "lists_of_ranks", lambda own: [own])
     monkeypatch.setattr(
-        speaking, "split_tasks", lambda data, tasks, split, _: {t: [(split, s) for s in SAID[split]] for t in tasks}
+        speaking,
+        "split_tasks",
+        lambda data, tasks, split, _, most=None: {t: [(split, s) for s in SAID[split]] for t in tasks},
     )
     return folders
 
