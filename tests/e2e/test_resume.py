@@ -103,8 +103,13 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str,
     return found
 
 
-def test_a_killed_stage_goes_on_as_if_nothing_had_happened(straight, tmp_path: Path) -> None:
-    killed = tmp_path / "s1_encoders"
+def test_a_stopped_and_a_killed_stage_go_on_as_if_nothing_had_happened(straight, tmp_path: Path) -> None:
+    killed, seldom = tmp_path / "s1_encoders", (*LIMITED, "save_every_steps=100")
+    command = stage_command("s1_encoders", killed, *seldom, "data.num_workers=1")
+    steps = kill_command(command, killed, lambda: num_steps_logged(killed) >= 3, signal.SIGTERM, 85)
+    (saved,) = (killed / "checkpoints").glob("step_*/COMMIT")  # the workers were told too, as by torchrun and Slurm
+    assert int(saved.read_text()) == steps < 8, "a stage that is told to stop saves its last step"
+
     assert 9 <= kill_when("s1_encoders", killed, lambda: num_steps_logged(killed) >= 9, *LIMITED) < NUM_STEPS
     assert_same(finish("s1_encoders", killed, *LIMITED), straight)
     assert len(ran_dry(killed)) == 1, "before the checkpoint that it went on from: told once"
@@ -113,18 +118,8 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(straight, tmp_path: P
     shutil.rmtree(killed / "export")
     newest = sorted((killed / "checkpoints").glob("step_*/COMMIT"))[-1]
     before = newest.stat().st_ino
-    assert_same(finish("s1_encoders", killed, *LIMITED, "save_every_steps=100"), straight)
+    assert_same(finish("s1_encoders", killed, *seldom), straight)
     assert newest.stat().st_ino == before, "what is committed is not written again"
-
-
-def test_a_stage_that_is_told_to_stop_saves_its_last_step(straight, tmp_path: Path) -> None:
-    """The signal comes to the data workers too, as from torchrun and Slurm."""
-    stopped, seldom = tmp_path / "s1_encoders", (*LIMITED, "save_every_steps=100", "data.num_workers=1")
-    command = stage_command("s1_encoders", stopped, *seldom)
-    steps = kill_command(command, stopped, lambda: num_steps_logged(stopped) >= 3, signal.SIGTERM, 85)
-    (saved,) = (stopped / "checkpoints").glob("step_*/COMMIT")
-    assert int(saved.read_text()) == steps < NUM_STEPS
-    assert_same(finish("s1_encoders", stopped, *seldom), straight)
 
 
 @pytest.mark.slow

@@ -76,9 +76,8 @@ def test_pretraining_logs_codes_residuals_and_the_router(pretrained) -> None:
     assert any(name.startswith("eval/loss/") for name in found[-1])
 
 
-@pytest.mark.parametrize(
-    "stage", ["talker_dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("talker_cpt", "talker_speaker"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["talker_cpt", "talker_dpo", "talker_speaker"])
 def test_later_stages_start_from_its_export(stage, corpus, pretrained, tmp_path) -> None:
     export = pretrained / "export"
     init = [f"+init.talker={export}", f"+init.mtp={export}"]

@@ -57,7 +57,9 @@ def test_two_ranks_with_shared_experts_take_the_same_steps(case):
     check(changed(case, **EP_2), case)
 
 
-@pytest.mark.parametrize("case", [GSPO, DISTILLATION], ids=["gspo", "distillation"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(GSPO, id="gspo"), pytest.param(DISTILLATION, id="distillation", marks=pytest.mark.slow)]
+)
 def test_packed_documents_take_the_same_steps_as_separate_ones(case):
     check(changed(case, documents_per_pack=4), case)
 
