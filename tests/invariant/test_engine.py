@@ -147,7 +147,7 @@ def test_packed_equals_separate(kind):
         pytest.param(("text", "audio"), 3, id="text and audio, ZeRO 3", marks=slow),
         pytest.param(("image", "none"), 1, id="image and none, ZeRO 1", marks=slow),
         pytest.param(("image", "none"), 2, id="image and none, ZeRO 2", marks=slow),
-        pytest.param(("image", "none"), 3, id="image and none, ZeRO 3"),
+        pytest.param(("image", "none"), 3, id="image and none, ZeRO 3", marks=slow),
     ],
 )
 def test_ranks_with_disjoint_modalities(kinds, zero_stage):

@@ -57,6 +57,7 @@ def weights_on(ranks: Ranks) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_ranks_train_the_same_recogniser_together():
     (alone,) = run_ranks(1, weights_on)
     for found in (rank for world in (2, 3) for rank in run_ranks(world, weights_on)):  # the third has no part

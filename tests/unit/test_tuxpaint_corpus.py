@@ -228,6 +228,7 @@ def test_out_of_domain_speech_is_heldout_alone(samples):
     assert {sample["json"]["license"] for sample in ood} == {"BSD-2-Clause"}
 
 
+@pytest.mark.slow
 def test_the_same_bytes_come_out_again(root, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv(packages.ROOT_VARIABLE, str(root))
     again = prepare.prepare(tmp_path, jobs=2)
