@@ -1,8 +1,10 @@
 """The sidecar index: what it holds, when it is refused, and how shards are named."""
 
+import contextlib
 import json
 import os
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,13 @@ def test_expand_names_what_does_not_match(tmp_path):
         expand([str(tmp_path)])
     with pytest.raises(ValueError, match=r"the range \{3\.\.1\} is empty"):
         expand([f"{tmp_path}/x-{{3..1}}.tar"])
+
+
+def test_indexing_side_by_side_starts_no_fork_server(tmp_path, monkeypatch):
+    """Ranks are forked from the process that indexes: one that finds its starter's fork server cannot use it."""
+    started = []
+    monkeypatch.setattr(forkserver._forkserver, "ensure_running", lambda: started.append(True))
+    shards = write_shards(tmp_path, ["a", "b", "c"], maxcount=2)
+    with contextlib.suppress(Exception):  # of a fork server that is not there
+        assert len(ensure_index(shards, describe, "tok-1", jobs=2)) == 2
+    assert not started and all(Path(index_path(shard)).exists() for shard in shards)
